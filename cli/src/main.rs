@@ -1,0 +1,2 @@
+//! codecllm
+fn main() {}

@@ -1,0 +1,68 @@
+//! One error type for the codec; each variant says whose fault it is.
+
+use std::path::PathBuf;
+
+/// The codec's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, and whose fault it is.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused: missing file, full disk, no permission.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// The file or folder concerned.
+        path: PathBuf,
+        /// The system's own error.
+        source: std::io::Error,
+    },
+    /// The input's bytes are not what they claim to be: truncated, corrupted or hostile.
+    #[error("{what}: {problem}")]
+    Format {
+        /// The file or tensor whose bytes are bad.
+        what: String,
+        /// What was expected and what was found.
+        problem: String,
+    },
+    /// The input is well-formed, but this version does not handle it.
+    #[error("{what}: {problem}")]
+    Unsupported {
+        /// The file, tensor or model concerned.
+        what: String,
+        /// What is not supported, and what is.
+        problem: String,
+    },
+    /// The caller asked for something that cannot be done.
+    #[error("{0}")]
+    Parameter(String),
+    /// The caller's stop flag was set; nothing was written in the target's place.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl Error {
+    /// An I/O error with the path it happened at.
+    pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+
+    /// Bad bytes in `what`.
+    pub fn format(what: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Format { what: what.into(), problem: problem.into() }
+    }
+
+    /// Something valid that this version does not handle.
+    pub fn unsupported(what: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Unsupported { what: what.into(), problem: problem.into() }
+    }
+
+    /// The same error, with `name` put before its subject (a tensor's name, say).
+    pub fn in_tensor(self, name: &str) -> Self {
+        match self {
+            Self::Format { what, problem } => Self::Format { what: format!("tensor `{name}`: {what}"), problem },
+            Self::Unsupported { what, problem } => Self::Unsupported { what: format!("tensor `{name}`: {what}"), problem },
+            Self::Parameter(problem) => Self::Parameter(format!("tensor `{name}`: {problem}")),
+            other => other,
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! The codec of CodecLLM: from a checkpoint's weights to an archive, and back.
+//!
+//! The data's way: [`checkpoint`] → [`quantize`] → [`block`] (parts and raw bits, coded by [`entropy`]) →
+//! [`encoded`] (one tensor's bytes) → [`archive`]. `docs/format.md` specifies the bytes.
+//!
+//! There is no model and no GPU in this crate.
+
+pub mod archive;
+pub mod block;
+pub mod checkpoint;
+pub mod cpu;
+pub mod encoded;
+pub mod entropy;
+pub mod error;
+pub mod format;
+pub mod product;
+pub mod quantize;
+
+pub use cpu::Cpu;
+pub use error::{Error, Result};
+pub use format::{Coder, Format, ScaleMode};
