@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 /// Element types of source tensors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dtype {
     /// bfloat16
     Bf16,
