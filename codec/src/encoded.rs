@@ -384,13 +384,19 @@ impl DecodeTables {
 }
 
 /// An encoded tensor, validated. Cloning is cheap.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct EncodedTensor {
     data: Bytes,
     header: Header,
     sections: Sections,
     /// None with zstd.
     tables: Option<Arc<DecodeTables>>,
+}
+
+impl std::fmt::Debug for EncodedTensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EncodedTensor").field("header", &self.header).finish_non_exhaustive()
+    }
 }
 
 impl EncodedTensor {
