@@ -378,10 +378,10 @@ fn hostile_indexes_are_refused() {
     refused(&|index| index["weight_map"] = json!({}), "no tensor");
     refused(&|index| index["weight_map"] = json!([1]), "JSON object");
     refused(&|index| *index = json!({}), "weight_map");
-    let drop_norm = |index: &mut Value| {
-        index["weight_map"].as_object_mut().unwrap().remove(norm);
+    let drop_one = |index: &mut Value| {
+        index["weight_map"].as_object_mut().unwrap().remove(moved);
     };
-    refused(&drop_norm, "lacks tensor");
+    refused(&drop_one, "lacks tensor");
 
     let source = sharded_model();
     let path = source.path().join(INDEX_FILE);
