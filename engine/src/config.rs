@@ -456,3 +456,165 @@ fn rope(raw: &RawConfig) -> Result<(f64, RopeScaling)> {
     };
     Ok((theta, scaling))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// A small Llama's configuration with some fields changed; `hidden_size: null` takes it out.
+    fn config(changes: Value) -> Result<Config> {
+        let mut config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 100, "hidden_size": 64,
+            "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        });
+        for (field, value) in changes.as_object().unwrap() {
+            match (value, field.as_str()) {
+                (Value::Null, "hidden_size") => drop(config.as_object_mut().unwrap().remove(field)),
+                _ => config[field] = value.clone(),
+            }
+        }
+        Config::from_json(&config.to_string())
+    }
+
+    #[track_caller]
+    fn assert_refused(changes: Value, words: &[&str]) {
+        let error = config(changes).unwrap_err().to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    }
+
+    #[test]
+    fn llama() {
+        let c = config(json!({})).unwrap();
+        assert_eq!((c.head_dim, c.q_width(), c.kv_width()), (16, 64, 32));
+        assert_eq!((c.rope_theta, c.rope_scaling), (10_000.0, RopeScaling::Default));
+        assert!(!c.tied_embeddings && !c.qkv_bias && !c.output_bias && !c.mlp_bias && !c.qk_norm);
+        assert_eq!((c.window(0), c.eos_token_ids.len()), (None, 0));
+
+        let c = config(json!({
+            "head_dim": 24, "attention_bias": true, "mlp_bias": true, "tie_word_embeddings": true,
+            "num_key_value_heads": null, "sliding_window": 8,
+        }))
+        .unwrap();
+        assert_eq!((c.head_dim, c.kv_width(), c.window(0)), (24, 96, None));
+        assert!(c.tied_embeddings && c.qkv_bias && c.output_bias && c.mlp_bias);
+    }
+
+    #[test]
+    fn mistral_windows() {
+        let mistral = |changes: Value| {
+            let mut fields = json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral"});
+            fields.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            config(fields).unwrap().window(2)
+        };
+        assert_eq!(mistral(json!({"sliding_window": 7})), Some(7));
+        assert_eq!(mistral(json!({"sliding_window": null})), None);
+        assert_eq!(mistral(json!({})), Some(4096));
+        assert_refused(
+            json!({"architectures": ["MistralForCausalLM"], "sliding_window": 0}),
+            &["sliding_window is 0", "positive"],
+        );
+    }
+
+    #[test]
+    fn qwen2_biases_and_windows() {
+        let fields = json!({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "sliding_window": 9});
+        let with = |changes: Value| {
+            let mut fields = fields.clone();
+            fields.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            config(fields).unwrap()
+        };
+        let c = with(json!({}));
+        assert!(c.qkv_bias && !c.output_bias && !c.mlp_bias && !c.qk_norm);
+        assert_eq!(c.window(2), None);
+        let c = with(json!({"use_sliding_window": true, "max_window_layers": 2}));
+        assert_eq!((c.window(1), c.window(2)), (None, Some(9)));
+        let types = ["sliding_attention", "full_attention", "full_attention"];
+        let c = with(json!({"use_sliding_window": true, "layer_types": types}));
+        assert_eq!((c.window(0), c.window(2)), (Some(9), None));
+    }
+
+    #[test]
+    fn qwen3_norms_and_head_dim() {
+        let c = config(json!({"architectures": null, "model_type": "qwen3"})).unwrap();
+        assert!(c.qk_norm && !c.qkv_bias);
+        assert_eq!((c.family, c.head_dim), (Family::Qwen3, 128));
+    }
+
+    #[test]
+    fn both_spellings_of_rope_settings() {
+        let llama3 =
+            RopeScaling::Llama3 { factor: 32.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8192.0 };
+        let settings = json!({
+            "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192, "rope_type": "llama3",
+        });
+        let c = config(json!({"rope_theta": 500000.0, "rope_scaling": settings, "torch_dtype": "bfloat16"})).unwrap();
+        assert_eq!((c.rope_theta, c.rope_scaling), (500_000.0, llama3));
+        let mut newer = settings.clone();
+        newer["rope_theta"] = json!(500000);
+        let c = config(json!({"rope_parameters": newer, "dtype": "bfloat16"})).unwrap();
+        assert_eq!((c.rope_theta, c.rope_scaling), (500_000.0, llama3));
+
+        for scaling in
+            [json!({"type": "linear", "factor": 4.0}), json!({"type": "linear", "rope_type": "linear", "factor": 4.0})]
+        {
+            let c = config(json!({"rope_scaling": scaling})).unwrap();
+            assert_eq!(c.rope_scaling, RopeScaling::Linear { factor: 4.0 });
+            assert_eq!(c.inverse_frequencies()[0], 0.25);
+        }
+    }
+
+    #[test]
+    fn llama3_blends_frequencies() {
+        let c = config(json!({
+            "head_dim": 64, "rope_theta": 500000.0,
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                             "original_max_position_embeddings": 8192},
+        }))
+        .unwrap();
+        let frequencies = c.inverse_frequencies();
+        let plain = |i: i32| 500_000f64.powf(-f64::from(i) / 32.0);
+        let turns = |i: i32| 8192.0 * plain(i) / std::f64::consts::TAU;
+        let blend = |i: i32| (turns(i) - 1.0) / 3.0;
+        assert!(turns(10) > 4.0 && turns(16) > 1.0 && turns(16) < 4.0 && turns(30) < 1.0);
+        assert_eq!(frequencies[10], plain(10) as f32);
+        assert_eq!(frequencies[16], (plain(16) * (blend(16) + (1.0 - blend(16)) / 8.0)) as f32);
+        assert_eq!(frequencies[30], (plain(30) / 8.0) as f32);
+    }
+
+    #[test]
+    fn stop_tokens_of_both_files() {
+        let mut c = config(json!({"eos_token_id": 5, "bos_token_id": 1})).unwrap();
+        c.add_generation_config(r#"{"eos_token_id": [7, 5]}"#).unwrap();
+        assert_eq!((c.eos_token_ids, c.bos_token_id), (vec![5, 7], Some(1)));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        assert_refused(json!({"architectures": ["GemmaForCausalLM"]}), &["GemmaForCausalLM", "Qwen3ForCausalLM"]);
+        assert_refused(json!({"architectures": null, "model_type": "mixtral"}), &["mixtral", "LlamaForCausalLM"]);
+        assert_refused(json!({"architectures": null, "model_type": null}), &["architectures", "model_type"]);
+        assert_refused(json!({"hidden_act": "gelu"}), &["gelu", "silu"]);
+        assert_refused(json!({"rope_scaling": {"type": "yarn", "factor": 2.0}}), &["yarn", "llama3"]);
+        assert_refused(json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}), &["dynamic"]);
+        assert_refused(json!({"partial_rotary_factor": 0.5}), &["partial_rotary_factor 0.5"]);
+        assert_refused(json!({"quantization_config": {"quant_method": "gptq"}}), &["gptq", "BF16"]);
+        config(json!({"quantization_config": {"quant_method": "codecllm"}})).unwrap();
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        assert_refused(json!({"hidden_size": null}), &["hidden_size"]);
+        assert_refused(json!({"hidden_size": 66}), &["hidden_size (66)", "head_dim"]);
+        assert_refused(json!({"head_dim": 15}), &["head_dim (15)", "even"]);
+        assert_refused(json!({"num_key_value_heads": 3}), &["(4)", "(3)"]);
+        assert_refused(json!({"num_key_value_heads": 0}), &["(0)"]);
+        assert_refused(json!({"vocab_size": 0}), &["vocab_size is 0"]);
+        assert_refused(json!({"num_hidden_layers": 1u64 << 40}), &["num_hidden_layers"]);
+        assert_refused(json!({"rope_scaling": {"type": "linear"}}), &["linear", "factor"]);
+        assert_refused(json!({"rope_theta": -1.0}), &["rope_theta"]);
+        assert!(Config::from_json("[]").is_err() && Config::from_json("{").is_err());
+    }
+}

@@ -28,7 +28,7 @@ pub struct LoadOptions {
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { cpu: Cpu::detect(), threads: 0, check: Checks::Metadata }
+        Self { cpu: Cpu::detect(), threads: 0, check: Checks::Full }
     }
 }
 
