@@ -8,14 +8,19 @@ Transformers runs each model on the CPU: the BF16 weights as they are, all arith
 
 Results, all under engine/tests/data/:
 
-NAME/             a small random model of each supported family (`config.json`, `model.safetensors` in BF16) with its
-                  `reference.safetensors`: `tokens` [n], `logits` [n, vocabulary], `greedy` [m], `greedy_margin` [m].
-NAME.safetensors  for a trained model, for each prompt `I`: `I.tokens` [n]; of every position `I.top_ids` and
-                  `I.top_logits` [n, 8], `I.stride_logits` [n, vocabulary / stride] (ids 0, stride, 2·stride, …) and
-                  `I.logsumexp` [n]; then `I.greedy` [m] and `I.greedy_margin` [m].
+NAME/                        a small random model of each supported family: config.json, model.safetensors (BF16)
+NAME.reference.safetensors   what Transformers says of that model, or of the trained model of that name
 
-`greedy` continues the tokens greedily. `greedy_margin` is by how much the best logit led the second, so that a test can
-tell a near tie from an error. Token ids are int32, all else is float32.
+A reference file has metadata `stride`, and for each prompt `I` (from 0):
+
+I.tokens                     [n]     the prompt
+I.top_ids, I.top_logits      [n, 8]  of every position, the best tokens and their logits
+I.stride_logits              [n, ceil(vocabulary / stride)]   logits of the tokens 0, stride, 2·stride, …
+I.logsumexp                  [n]     of all logits
+I.greedy                     [m]     the greedy continuation
+I.greedy_margin              [m]     by how much the best logit led the second: a near tie is no error
+
+Token ids are int32, all else is float32.
 """
 
 import argparse
@@ -154,6 +159,27 @@ def continue_greedily(model, tokens, n):
     return torch.tensor(ids, dtype=torch.int32), torch.tensor(margins)
 
 
+def write_reference(name, model, prompts, stride, n_greedy):
+    """prompts: the token ids of each."""
+    result = {}
+    for i, tokens in enumerate(prompts):
+        logits = logits_of(model, tokens)
+        top = logits.topk(8)
+        greedy, margin = continue_greedily(model, tokens, n_greedy)
+        result |= {
+            f"{i}.tokens": torch.tensor(tokens, dtype=torch.int32),
+            f"{i}.top_ids": top.indices.to(torch.int32),
+            f"{i}.top_logits": top.values,
+            f"{i}.stride_logits": logits[:, ::stride].contiguous(),
+            f"{i}.logsumexp": logits.logsumexp(-1),
+            f"{i}.greedy": greedy,
+            f"{i}.greedy_margin": margin,
+        }
+        print(f"{name}: prompt {i}, {len(tokens)} tokens, rms {logits.square().mean().sqrt():.3f}, smallest margin {margin.min():.5f}")
+    save_file(result, DATA / f"{name}.reference.safetensors", metadata={"stride": str(stride)})
+    return result
+
+
 def spell_old(config):
     """config.json as checkpoints from before Transformers 5 have it."""
     rope_parameters = config.pop("rope_parameters")
@@ -201,38 +227,15 @@ def write_tiny(name, spec, seed):
         difference = ((logits_of(other, tokens) - logits).square().mean().sqrt() / rms).item()
         print(f"  {name}: without {change}: {difference:.3f} of the logits' rms")
         assert difference > VISIBLE, f"{name}: leaving out {change} would pass unnoticed"
-    greedy, margin = continue_greedily(model, tokens, N_GREEDY_TINY)
-    save_file(
-        {
-            "tokens": torch.tensor(tokens, dtype=torch.int32),
-            "logits": logits.contiguous(),
-            "greedy": greedy,
-            "greedy_margin": margin,
-        },
-        folder / "reference.safetensors",
-    )
-    print(f"{name}: logits' rms {rms:.3f}, smallest margin {margin.min():.4f}")
+    write_reference(name, model, [tokens], stride=1, n_greedy=N_GREEDY_TINY)
 
 
 def write_trained(name, folder):
-    model, tokenizer, stride = load(folder), AutoTokenizer.from_pretrained(folder), STRIDE[name]
-    result = {}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS[name]]
+    result = write_reference(name, load(folder), prompts, STRIDE[name], N_GREEDY)
     for i, prompt in enumerate(PROMPTS[name]):
-        tokens = tokenizer.encode(prompt)
-        logits = logits_of(model, tokens)
-        top = logits.topk(8)
-        greedy, margin = continue_greedily(model, tokens, N_GREEDY)
-        result |= {
-            f"{i}.tokens": torch.tensor(tokens, dtype=torch.int32),
-            f"{i}.top_ids": top.indices.to(torch.int32),
-            f"{i}.top_logits": top.values,
-            f"{i}.stride_logits": logits[:, ::stride].contiguous(),
-            f"{i}.logsumexp": logits.logsumexp(-1),
-            f"{i}.greedy": greedy,
-            f"{i}.greedy_margin": margin,
-        }
-        print(f"{name}: {prompt!r} …\n    {tokenizer.decode(greedy)!r}, smallest margin {margin.min():.5f}")
-    save_file(result, DATA / f"{name}.safetensors", metadata={"stride": str(stride), "prompts": json.dumps(PROMPTS[name])})
+        print(f"    {prompt!r} …\n    {tokenizer.decode(result[f'{i}.greedy'])!r}")
 
 
 def main():
