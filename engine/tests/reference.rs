@@ -8,7 +8,7 @@
 use codecllm_codec::checkpoint::{Checkpoint, Dtype, Tensor};
 use codecllm_codec::encoded::{Checks, EncodeOptions, EncodedTensor, encode_tensor};
 use codecllm_codec::{Coder, Cpu, Format};
-use codecllm_engine::{Config, KvCache, LoadOptions, Logits, Model, TensorSource};
+use codecllm_engine::{Config, LoadOptions, Logits, Model, TensorSource};
 use safetensors::SafeTensors;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -96,9 +96,10 @@ impl Prompt {
     }
 }
 
-/// Feeds `tokens` in chunks of `chunk` and returns the logits of all of them, [token][vocabulary].
-fn feed(model: &Model, cache: &mut KvCache, tokens: &[u32], chunk: usize) -> Vec<f32> {
-    tokens.chunks(chunk).flat_map(|c| model.forward(c, cache, Logits::All).unwrap()).collect()
+/// Feeds `tokens` to an empty cache in chunks of `chunk` and returns the logits of all of them, [token][vocabulary].
+fn logits_of(model: &Model, tokens: &[u32], chunk: usize) -> Vec<f32> {
+    let mut cache = model.new_cache(tokens.len()).unwrap();
+    tokens.chunks(chunk).flat_map(|c| model.forward(c, &mut cache, Logits::All).unwrap()).collect()
 }
 
 fn options(cpu: Cpu) -> LoadOptions {
@@ -112,8 +113,7 @@ fn check(name: &str, label: &str, model: &Model) {
         let n = prompt.tokens.len();
         let mut worst = 0.0f32;
         for chunk in [n, 7, 1] {
-            let mut cache = model.new_cache(n);
-            let logits = feed(model, &mut cache, &prompt.tokens, chunk);
+            let logits = logits_of(model, &prompt.tokens, chunk);
             assert_eq!(logits.len(), n * vocabulary);
             for (position, row) in logits.chunks(vocabulary).enumerate() {
                 let difference = prompt.difference(position, row);
@@ -127,7 +127,7 @@ fn check(name: &str, label: &str, model: &Model) {
         }
 
         // Each step is fed the reference's token, so that a near tie does not end the comparison.
-        let mut cache = model.new_cache(n + prompt.greedy.len());
+        let mut cache = model.new_cache(n + prompt.greedy.len()).unwrap();
         let mut logits = model.forward(&prompt.tokens, &mut cache, Logits::Last).unwrap();
         assert_eq!(logits.len(), vocabulary);
         assert!(prompt.difference(n - 1, &logits) <= TOLERANCE);
@@ -222,10 +222,10 @@ fn products_from_codes_agree_with_the_decoded_weights() {
                 || Encoded { source: &checkpoint, options: EncodeOptions { format, ..EncodeOptions::default() } };
             let config = || Config::open(&dir).unwrap();
             let decoded = Model::from_source(config(), &Decoded(source()), &options(Cpu::Scalar)).unwrap();
-            let expected = decoded.forward(tokens, &mut decoded.new_cache(tokens.len()), Logits::All).unwrap();
+            let expected = logits_of(&decoded, tokens, tokens.len());
             for cpu in Cpu::available() {
                 let encoded = Model::from_source(config(), &source(), &options(cpu)).unwrap();
-                let found = encoded.forward(tokens, &mut encoded.new_cache(tokens.len()), Logits::All).unwrap();
+                let found = logits_of(&encoded, tokens, tokens.len());
                 let worst =
                     found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / rms(&expected);
                 assert!(worst <= TOLERANCE, "{name}, {format}, {cpu}: logits differ by {worst} of their rms");
@@ -240,7 +240,7 @@ fn the_number_of_threads_changes_no_logit() {
     let tokens = &read_prompts("llama-gqa")[0].tokens;
     let logits = [1, 2, 5].map(|threads| {
         let model = Model::load(&dir, &LoadOptions { threads, ..options(Cpu::detect()) }).unwrap();
-        feed(&model, &mut model.new_cache(tokens.len()), tokens, 13)
+        logits_of(&model, tokens, 13)
     });
     assert!(logits[0] == logits[1] && logits[0] == logits[2]);
 }
