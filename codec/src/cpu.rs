@@ -39,8 +39,17 @@ impl Cpu {
                 Self::Scalar => Vec::new(),
                 Self::Avx2 => lacks!("avx2", "fma", "f16c"),
                 Self::Avx512 => lacks!(
-                    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512vbmi2",
-                    "avx512vnni", "gfni"
+                    "avx2",
+                    "fma",
+                    "f16c",
+                    "avx512f",
+                    "avx512bw",
+                    "avx512dq",
+                    "avx512vl",
+                    "avx512vbmi",
+                    "avx512vbmi2",
+                    "avx512vnni",
+                    "gfni"
                 ),
             }
         }

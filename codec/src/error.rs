@@ -60,7 +60,9 @@ impl Error {
     pub fn in_tensor(self, name: &str) -> Self {
         match self {
             Self::Format { what, problem } => Self::Format { what: format!("tensor `{name}`: {what}"), problem },
-            Self::Unsupported { what, problem } => Self::Unsupported { what: format!("tensor `{name}`: {what}"), problem },
+            Self::Unsupported { what, problem } => {
+                Self::Unsupported { what: format!("tensor `{name}`: {what}"), problem }
+            }
             Self::Parameter(problem) => Self::Parameter(format!("tensor `{name}`: {problem}")),
             other => other,
         }

@@ -15,7 +15,11 @@ pub mod error;
 pub mod format;
 pub mod product;
 pub mod quantize;
+mod simd;
 
+pub use checkpoint::{Checkpoint, Dtype, Tensor};
 pub use cpu::Cpu;
+pub use encoded::{Checks, EncodeOptions, EncodedTensor, Prefer, encode_tensor};
 pub use error::{Error, Result};
 pub use format::{Coder, Format, ScaleMode};
+pub use product::Operand;

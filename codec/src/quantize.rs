@@ -1,1 +1,328 @@
-//! quantize
+//! From a source tensor to integer codes and scales; each format's quantizer, and its inverse.
+//!
+//! Every quantizer is deterministic arithmetic in float32 with one rounding rule (to nearest, ties to even), so that
+//! `verify` can repeat it and compare every code.
+
+use crate::checkpoint::{Dtype, Tensor};
+use crate::error::{Error, Result};
+use crate::format::{Format, ScaleMode};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::borrow::Cow;
+
+/// Largest magnitude of an `int8` code.
+pub const INT8_MAX: f32 = 127.0;
+/// Largest magnitude of an E4M3 number.
+pub const E4M3_MAX: f32 = 448.0;
+
+/// The codes of a matrix, row-major.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Codes<'a> {
+    /// `fp8` and `int8`.
+    U8(Cow<'a, [u8]>),
+    /// `bf16`.
+    U16(Cow<'a, [u16]>),
+}
+
+impl Codes<'_> {
+    /// Number of codes.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::U8(codes) => codes.len(),
+            Self::U16(codes) => codes.len(),
+        }
+    }
+
+    /// Whether there is no code.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The code at `index`, zero-extended.
+    pub fn get(&self, index: usize) -> u16 {
+        match self {
+            Self::U8(codes) => codes[index].into(),
+            Self::U16(codes) => codes[index],
+        }
+    }
+
+    /// How often each code occurs: 256 or 65,536 counts.
+    pub fn histogram(&self) -> Vec<u64> {
+        fn count<T: Copy + Into<u16> + Sync>(codes: &[T], n: usize) -> Vec<u64> {
+            codes
+                .par_chunks(1 << 20)
+                .map(|chunk| {
+                    let mut counts = vec![0u64; n];
+                    chunk.iter().for_each(|&c| counts[usize::from(c.into())] += 1);
+                    counts
+                })
+                .reduce(
+                    || vec![0u64; n],
+                    |mut a, b| {
+                        a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+                        a
+                    },
+                )
+        }
+        match self {
+            Self::U8(codes) => count(codes, 1 << 8),
+            Self::U16(codes) => count(codes, 1 << 16),
+        }
+    }
+
+    /// Order-0 entropy in bits per code.
+    pub fn entropy_bits(&self) -> f64 {
+        let n = self.len() as f64;
+        self.histogram().iter().filter(|&&c| c > 0).map(|&c| c as f64 / n).map(|p| -p * p.log2()).sum()
+    }
+}
+
+/// The scales of a quantized matrix, as the archive stores them.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Scales {
+    /// Codes are values (`bf16`).
+    None,
+    /// One scale for the matrix.
+    Tensor(f32),
+    /// One scale a row.
+    Channel(Vec<f32>),
+    /// The largest magnitude of each row, as BF16 bits: the scale is that over the format's largest code.
+    Absmax(Vec<u16>),
+}
+
+/// A matrix as codes and scales.
+#[derive(Debug, Clone)]
+pub struct QuantizedTensor<'a> {
+    /// Row-major codes.
+    pub codes: Codes<'a>,
+    /// Their scales.
+    pub scales: Scales,
+    /// ‖W − Ŵ‖ / ‖W‖ over the finite weights; 0 for a zero matrix.
+    pub relative_error: f32,
+}
+
+/// The scale of a row whose largest magnitude is `absmax`: zero where the quotient would be subnormal, so that a row below
+/// about 1.5e-36 becomes exactly zero on every machine, flush-to-zero or not.
+pub fn scale_of(format: Format, absmax: f32) -> f32 {
+    let scale = absmax / if format == Format::Fp8 { E4M3_MAX } else { INT8_MAX };
+    if scale < f32::MIN_POSITIVE { 0.0 } else { scale }
+}
+
+/// Rounds to the nearest integer, ties to even, for |x| ≤ 2^22; unlike `round_ties_even` it vectorizes on any target.
+#[inline(always)]
+fn round_even(x: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0; // 1.5·2^23: the sum's unit in the last place is 1
+    (x + MAGIC) - MAGIC
+}
+
+/// The `int8` code of `x` = weight / scale.
+#[inline(always)]
+fn int8_code(x: f32) -> u8 {
+    round_even(x.clamp(-INT8_MAX, INT8_MAX)) as i8 as u8
+}
+
+/// The E4M3 code of `x`, rounded to nearest even and saturated at ±448.
+#[inline(always)]
+fn e4m3_code(x: f32) -> u8 {
+    let bits = x.abs().min(E4M3_MAX).to_bits();
+    // Normal numbers round their mantissa to 3 bits; a carry runs into the exponent as it should.
+    let normal = ((bits + 0x7_ffff + (bits >> 20 & 1)) >> 20).wrapping_sub((127 - 7) << 3);
+    // Below 2^-6 the codes are the multiples of 2^-9, and code 8 is the first normal number.
+    let subnormal = round_even(f32::from_bits(bits) * 512.0) as u32;
+    let magnitude = if bits < (127 - 6) << 23 { subnormal } else { normal };
+    magnitude as u8 | if x.is_sign_negative() { 0x80 } else { 0 }
+}
+
+/// The value of a code, before the scale.
+#[inline]
+pub fn code_value(format: Format, code: u16) -> f32 {
+    match format {
+        Format::Bf16 => bf16::from_bits(code).to_f32(),
+        Format::Int8 => f32::from(code as u8 as i8),
+        Format::Fp8 => {
+            let (exponent, mantissa) = (u32::from(code) >> 3 & 15, u32::from(code) & 7);
+            let magnitude = match exponent {
+                0 => mantissa as f32 / 512.0,
+                e => f32::from_bits((e + 120) << 23 | mantissa << 20),
+            };
+            if code & 0x80 != 0 { -magnitude } else { magnitude }
+        }
+    }
+}
+
+/// Reads one row of a source tensor as float32; `row.len()` is the number of columns.
+fn read_row(dtype: Dtype, bytes: &[u8], row: &mut [f32]) {
+    match dtype {
+        Dtype::Bf16 => {
+            bytes.as_chunks::<2>().0.iter().zip(row).for_each(|(b, v)| *v = bf16::from_le_bytes(*b).to_f32())
+        }
+        Dtype::F16 => bytes.as_chunks::<2>().0.iter().zip(row).for_each(|(b, v)| *v = f16::from_le_bytes(*b).to_f32()),
+        _ => bytes.as_chunks::<4>().0.iter().zip(row).for_each(|(b, v)| *v = f32::from_le_bytes(*b)),
+    }
+}
+
+/// Bytes of one element, for the dtypes that can be encoded.
+pub(crate) fn source_width(t: &Tensor) -> Result<usize> {
+    match t.dtype {
+        Dtype::Bf16 | Dtype::F16 => Ok(2),
+        Dtype::F32 => Ok(4),
+        other => Err(Error::Parameter(format!("cannot encode elements of type {other:?}; BF16, F16 and F32 can be"))),
+    }
+}
+
+/// Rows and columns of `t`, having checked that it is a matrix whose bytes are all there.
+pub(crate) fn matrix_shape(t: &Tensor) -> Result<(usize, usize)> {
+    let &[n_rows, n_cols] = t.shape.as_slice() else {
+        return Err(Error::Parameter(format!("only matrices can be encoded; the shape is {:?}", t.shape)));
+    };
+    if n_rows == 0 || n_cols == 0 {
+        return Err(Error::Parameter(format!("cannot encode an empty matrix of shape {:?}", t.shape)));
+    }
+    let expected = n_rows.checked_mul(n_cols).and_then(|n| n.checked_mul(source_width(t).ok()?));
+    match expected {
+        Some(n) if n == t.data.len() => Ok((n_rows, n_cols)),
+        _ => Err(Error::format(
+            "source",
+            format!("shape {:?} does not fit its {} bytes of {:?}", t.shape, t.data.len(), t.dtype),
+        )),
+    }
+}
+
+/// Quantizes a matrix.
+///
+/// # Errors
+/// A tensor that is not a non-empty matrix of BF16, F16 or F32; for `fp8` and `int8`, a weight that is not finite.
+pub fn quantize(t: &Tensor, format: Format, mode: ScaleMode) -> Result<QuantizedTensor<'_>> {
+    let (n_rows, n_cols) = matrix_shape(t)?;
+    match format {
+        Format::Bf16 => Ok(to_bf16(t, n_cols)),
+        Format::Fp8 | Format::Int8 => quantize_scaled(t, n_rows, n_cols, format, mode),
+    }
+}
+
+/// A BF16 source is its own codes; another dtype is rounded to BF16, and the error says how much that lost.
+fn to_bf16(t: &Tensor, n_cols: usize) -> QuantizedTensor<'_> {
+    if t.dtype == Dtype::Bf16 {
+        let codes = match bytemuck::try_cast_slice::<u8, u16>(&t.data) {
+            Ok(codes) if cfg!(target_endian = "little") => Cow::Borrowed(codes),
+            _ => Cow::Owned(t.data.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b)).collect()),
+        };
+        return QuantizedTensor { codes: Codes::U16(codes), scales: Scales::None, relative_error: 0.0 };
+    }
+    let row_bytes = t.data.len() / t.shape[0];
+    let mut codes = vec![0u16; t.data.len() / row_bytes * n_cols];
+    let errors: Vec<Error2> = codes
+        .par_chunks_mut(n_cols)
+        .zip(t.data.par_chunks(row_bytes))
+        .map_init(
+            || vec![0f32; n_cols],
+            |row, (codes, bytes)| {
+                read_row(t.dtype, bytes, row);
+                let mut error = Error2::default();
+                for (code, &v) in codes.iter_mut().zip(&*row) {
+                    let rounded = bf16::from_f32(v);
+                    *code = rounded.to_bits();
+                    if v.is_finite() && rounded.is_finite() {
+                        error.add(v, rounded.to_f32());
+                    }
+                }
+                error
+            },
+        )
+        .collect();
+    QuantizedTensor { codes: Codes::U16(codes.into()), scales: Scales::None, relative_error: Error2::relative(&errors) }
+}
+
+/// Sums of squares of a row: the errors, and the weights.
+#[derive(Default, Clone, Copy)]
+struct Error2 {
+    error: f64,
+    weight: f64,
+}
+
+impl Error2 {
+    #[inline(always)]
+    fn add(&mut self, value: f32, quantized: f32) {
+        let d = f64::from(value) - f64::from(quantized);
+        self.error += d * d;
+        self.weight += f64::from(value) * f64::from(value);
+    }
+
+    /// Summed in row order, so that the figure does not depend on the number of threads.
+    fn relative(rows: &[Self]) -> f32 {
+        let (error, weight) = rows.iter().fold((0.0, 0.0), |(e, w), r| (e + r.error, w + r.weight));
+        if weight == 0.0 { 0.0 } else { (error / weight).sqrt() as f32 }
+    }
+}
+
+fn quantize_scaled(
+    t: &Tensor,
+    n_rows: usize,
+    n_cols: usize,
+    format: Format,
+    mode: ScaleMode,
+) -> Result<QuantizedTensor<'_>> {
+    let row_bytes = t.data.len() / n_rows;
+    let absmax: Vec<f32> = t
+        .data
+        .par_chunks(row_bytes)
+        .enumerate()
+        .map_init(
+            || vec![0f32; n_cols],
+            |row, (r, bytes)| {
+                read_row(t.dtype, bytes, row);
+                // As integers, magnitudes order as the numbers do, with infinities and NaNs on top.
+                let max = row.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
+                if max >= 0x7f80_0000 {
+                    let c = row.iter().position(|v| !v.is_finite()).unwrap_or(0);
+                    return Err(Error::Parameter(format!(
+                        "the weight at row {r}, column {c} is {}; `{format}` holds finite weights only: repair the \
+                         checkpoint, or use `--format bf16`, which keeps every bit pattern",
+                        row[c]
+                    )));
+                }
+                Ok(f32::from_bits(max))
+            },
+        )
+        .collect::<Result<_>>()?;
+
+    let (scales, stored) = match mode {
+        ScaleMode::Tensor => {
+            let scale = scale_of(format, absmax.iter().copied().fold(0.0, f32::max));
+            (vec![scale; n_rows], Scales::Tensor(scale))
+        }
+        ScaleMode::Channel => {
+            let scales: Vec<f32> = absmax.iter().map(|&a| scale_of(format, a)).collect();
+            let stored = if absmax.iter().all(|a| a.to_bits() & 0xffff == 0) {
+                Scales::Absmax(absmax.iter().map(|a| (a.to_bits() >> 16) as u16).collect())
+            } else {
+                Scales::Channel(scales.clone())
+            };
+            (scales, stored)
+        }
+    };
+
+    let mut codes = vec![0u8; n_rows * n_cols];
+    let errors: Vec<Error2> = codes
+        .par_chunks_mut(n_cols)
+        .zip(t.data.par_chunks(row_bytes))
+        .zip(&scales)
+        .map_init(
+            || vec![0f32; n_cols],
+            |row, ((codes, bytes), &scale)| {
+                read_row(t.dtype, bytes, row);
+                if scale != 0.0 {
+                    match format {
+                        Format::Fp8 => codes.iter_mut().zip(&*row).for_each(|(c, &v)| *c = e4m3_code(v / scale)),
+                        _ => codes.iter_mut().zip(&*row).for_each(|(c, &v)| *c = int8_code(v / scale)),
+                    }
+                }
+                let mut error = Error2::default();
+                let values = codes.iter().map(|&c| code_value(format, c.into()) * scale);
+                row.iter().zip(values).for_each(|(&v, q)| error.add(v, q));
+                error
+            },
+        )
+        .collect();
+    Ok(QuantizedTensor { codes: Codes::U8(codes.into()), scales: stored, relative_error: Error2::relative(&errors) })
+}
