@@ -11,7 +11,8 @@ use codecllm_codec::encoded::{Checks, CodesMut, EncodeOptions, EncodedTensor, en
 use codecllm_codec::product::Operand;
 use codecllm_codec::quantize::{Codes, Scales, quantize, scale_of};
 use codecllm_codec::{Cpu, Format, ScaleMode};
-use codecllm_engine::{LoadOptions, Logits, Model};
+use codecllm_engine::weights::DenseType;
+use codecllm_engine::{LoadOptions, Logits, Model, cpu};
 use half::bf16;
 use peers::{Int8Matrix, Int8Operand, read_memory};
 use rand::SeedableRng;
@@ -196,10 +197,11 @@ struct Encoded {
 /// The contenders' data.
 struct Bench {
     workload: Workload,
-    cpu: Cpu,
+    /// Of the products.
+    level: Cpu,
     n_threads: usize,
     /// BF16, plain INT8 and the encoded formats: indexed as in [`Task::matrix`].
-    bf16: Vec<Bytes>,
+    bf16: Vec<cpu::Matrix>,
     int8: Vec<Int8Matrix>,
     encoded: Vec<Encoded>,
     /// Zstandard frames of INT8 codes of the first matrices, and how many codes each holds.
@@ -226,7 +228,7 @@ type Work<'a> = Box<dyn Fn(&Task, &mut Scratch) -> Result<()> + Sync + 'a>;
 
 impl Bench {
     /// Encodes the matrices in every format and copies each form as often as the workload says.
-    fn new(workload: Workload, formats: &[Format], cpu: Cpu, n_threads: usize, seed: u64) -> Result<Self> {
+    fn new(workload: Workload, formats: &[Format], level: Cpu, n_threads: usize, seed: u64) -> Result<Self> {
         let n_copies = workload.n_copies;
         let mut int8 = Vec::new();
         let mut zstd = Vec::new();
@@ -261,8 +263,9 @@ impl Bench {
             let first = workload.matrices.iter().map(encode).collect::<Result<Vec<_>>>()?;
             let bytes: usize = first.iter().map(|e| e.bytes().len()).sum();
             let n_weights: usize = workload.matrices.iter().map(Matrix::n_weights).sum();
-            let matrices = copies(first, n_copies, |e| {
-                EncodedTensor::parse(Bytes::copy_from_slice(e.bytes()), Checks::None).expect("a copy of a valid tensor")
+            let matrices = copies(first, n_copies, |_, e| {
+                let data = Bytes::copy_from_slice(e.bytes());
+                EncodedTensor::parse(data, Checks::None).expect("a copy of a valid tensor")
             });
             encoded.push(Encoded { format, matrices, bits_per_weight: 8.0 * bytes as f64 / n_weights as f64 });
         }
@@ -274,14 +277,15 @@ impl Bench {
         });
         Ok(Self {
             operands: operands.collect(),
-            bf16: copies(workload.matrices.iter().map(|m| m.data.clone()).collect(), n_copies, |data| {
-                Bytes::copy_from_slice(data)
+            bf16: copies(workload.matrices.iter().map(|m| plain_bf16(m, m.data.clone())).collect(), n_copies, |i, _| {
+                let matrix = &workload.matrices[i];
+                plain_bf16(matrix, Bytes::copy_from_slice(&matrix.data))
             }),
-            int8: copies(int8, n_copies, Int8Matrix::clone),
+            int8: copies(int8, n_copies, |_, matrix| matrix.clone()),
             encoded,
             zstd,
             workload,
-            cpu,
+            level,
             n_threads,
         })
     }
@@ -296,22 +300,16 @@ impl Bench {
 
     fn matvec_bf16(&self) -> Work<'_> {
         Box::new(move |task, scratch| {
-            let x = self.activations(task).operand.values();
-            bf16_product(
-                self.cpu,
-                &self.bf16[task.matrix],
-                x,
-                task.rows.clone(),
-                room(&mut scratch.y, task.rows.len()),
-            );
-            Ok(())
+            let x = &self.activations(task).operand;
+            let y = room(&mut scratch.y, task.rows.len());
+            Ok(self.bf16[task.matrix].matvec(self.level, x, task.rows.clone(), y)?)
         })
     }
 
     fn matvec_int8(&self) -> Work<'_> {
         Box::new(move |task, scratch| {
             let x = &self.activations(task).int8;
-            self.int8[task.matrix].product(self.cpu, x, task.rows.clone(), room(&mut scratch.y, task.rows.len()));
+            self.int8[task.matrix].product(self.level, x, task.rows.clone(), room(&mut scratch.y, task.rows.len()));
             Ok(())
         })
     }
@@ -320,22 +318,23 @@ impl Bench {
         Box::new(move |task, scratch| {
             let x = &self.activations(task).operand;
             let y = room(&mut scratch.y, task.rows.len());
-            Ok(encoded.matrices[task.matrix].product(self.cpu, x, task.rows.clone(), y)?)
+            Ok(encoded.matrices[task.matrix].product(self.level, x, task.rows.clone(), y)?)
         })
     }
 
     fn decode<'a>(&'a self, encoded: &'a Encoded, cpu: Cpu) -> Work<'a> {
         Box::new(move |task, scratch| {
             let tensor = &encoded.matrices[task.matrix];
-            let n_codes = BLOCK_ROWS * tensor.n_cols();
-            for row in task.rows.clone().step_by(BLOCK_ROWS) {
-                let n_codes = n_codes.min((task.rows.end - row) * tensor.n_cols());
+            // Two row blocks at a time, which stay in the caches and let a decoder work on both.
+            for row in task.rows.clone().step_by(2 * BLOCK_ROWS) {
+                let rows = row..task.rows.end.min(row + 2 * BLOCK_ROWS);
+                let n_codes = rows.len() * tensor.n_cols();
                 let codes = if encoded.format == Format::Bf16 {
                     CodesMut::U16(room(&mut scratch.wide_codes, n_codes))
                 } else {
                     CodesMut::U8(room(&mut scratch.codes, n_codes))
                 };
-                tensor.decode_row_block(cpu, row / BLOCK_ROWS, codes)?;
+                tensor.decode_codes_into(cpu, rows, codes)?;
             }
             Ok(())
         })
@@ -388,7 +387,7 @@ impl Bench {
         checks.push(format!(
             "the products ({}) agree with float64 products of the decoded weights; largest error {worst:.1e} of a \
              row's norm times the activations' rms (at most {PRODUCT_TOLERANCE:.0e})",
-            self.cpu
+            self.level
         ));
         Ok(checks)
     }
@@ -405,7 +404,7 @@ impl Bench {
     /// The largest error of a product of matrix `m`, relative to a row's norm times the activations' rms.
     fn check_product(&self, m: usize, form: &str, work: &Work<'_>, weights: &[f32]) -> Result<f64> {
         let Matrix { n_rows, n_cols, .. } = self.workload.matrices[m];
-        let x = self.operands[&n_cols].operand.values();
+        let x = self.operands[&n_cols].operand.token(0);
         let x_rms = (x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n_cols as f64).sqrt();
         let mut scratch = Scratch::default();
         work(&Task { matrix: m, rows: 0..n_rows }, &mut scratch)?;
@@ -436,14 +435,17 @@ fn room<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     &mut buffer[..len]
 }
 
-/// `first`, then `n - 1` copies of it made by `copy`.
-fn copies<T>(first: Vec<T>, n: usize, copy: impl Fn(&T) -> T) -> Vec<T> {
-    let mut all = first;
-    let len = all.len();
+/// `items`, then `n - 1` copies of them, made by `copy` from an item and its index.
+fn copies<T>(mut items: Vec<T>, n: usize, copy: impl Fn(usize, &T) -> T) -> Vec<T> {
+    let len = items.len();
     for i in len..n * len {
-        all.push(copy(&all[i % len]));
+        items.push(copy(i % len, &items[i % len]));
     }
-    all
+    items
+}
+
+fn plain_bf16(m: &Matrix, data: Bytes) -> cpu::Matrix {
+    cpu::Matrix::Dense { element: DenseType::Bf16, n_rows: m.n_rows, n_cols: m.n_cols, data }
 }
 
 fn zstd_frames(codes: &[u8]) -> Result<Vec<(Vec<u8>, usize)>> {
@@ -657,7 +659,7 @@ impl Bench {
     /// The whole model in BF16 and in each format: name, model, bits of a matrix's weight.
     fn models(&self) -> Result<Vec<(String, Model, f64)>> {
         let Some(whole) = &self.workload.model else { return Ok(Vec::new()) };
-        let options = LoadOptions { cpu: self.cpu, threads: self.n_threads, check: Checks::Metadata };
+        let options = LoadOptions { cpu: self.level, threads: self.n_threads, check: Checks::Metadata };
         let load = |matrix: &dyn Fn(usize) -> Tensor| -> Result<Model> {
             let mut tensors = whole.others.clone();
             let names = self.workload.matrices.iter().map(|m| m.name.clone()).enumerate();
