@@ -46,13 +46,13 @@ impl Params {
             return bad(format!("{g} parts a symbol; 1, 2, 4 or 8 expected"));
         }
         if !crate::entropy::TABLE_BITS.contains(&t) {
-            return bad(format!("{t} table bits; 5 to 12 expected"));
+            return bad(format!("{t} table bits; 5 to 14 expected"));
         }
         if k > k_max {
             return bad(format!("{k} raw bits a weight; `{format}` has at most {k_max}"));
         }
-        if w == 0 || w * g > crate::entropy::SYMBOL_BITS_MAX {
-            return bad(format!("{g} parts of {w} bits a symbol; 1 to 15 bits expected"));
+        if w == 0 || w * g > crate::entropy::SYMBOL_BITS_MAX || w * g + t > crate::entropy::ENTRY_BITS {
+            return bad(format!("{g} parts of {w} bits a symbol and {t} table bits; a table entry does not hold them"));
         }
         if c == 0 || !(c as usize).is_multiple_of(UNIT_COLS) || c as usize > BLOCK_COLS_MAX {
             return bad(format!("{c} columns a block; a multiple of 32 up to {BLOCK_COLS_MAX} expected"));
@@ -249,7 +249,7 @@ pub(crate) fn corrupt_stream() -> Error {
 /// Decodes a block, plainly. `codes` is row-major, 32 × `block.n_cols`.
 ///
 /// # Errors
-/// A stream that ends early, has words left over, or does not return to state 0. `codes` then holds no meaningful values.
+/// A stream that ends early or has words left over. `codes` then holds no meaningful values.
 pub fn decode_block(
     format: Format,
     params: &Params,
@@ -275,7 +275,8 @@ pub fn decode_block(
     for x in &mut x {
         *x = next_word()? << 16;
     }
-    for step in 0..n_cols.div_ceil(parts_per_symbol) {
+    let n_steps = n_cols.div_ceil(parts_per_symbol);
+    for step in 0..n_steps {
         for lane in 0..BLOCK_ROWS {
             let t = transitions[(x[lane] >> (32 - params.table_bits)) as usize];
             for g in 0..parts_per_symbol {
@@ -284,6 +285,9 @@ pub fn decode_block(
                     let part = u32::from(t.symbol) >> (g as u32 * params.part_bits) & part_mask;
                     codes[lane * n_cols + col] = join(format, params, part, raw_bits(block.raw, params, lane, col));
                 }
+            }
+            if step + 1 == n_steps {
+                continue; // the last symbol leads nowhere
             }
             // The bits that wait move up behind the new state's base.
             let waiting = (u64::from(x[lane]) << params.table_bits) as u32;
@@ -298,8 +302,7 @@ pub fn decode_block(
             }
         }
     }
-    let ended = x.iter().all(|x| x >> (32 - params.table_bits) == 0);
-    if !ended || (2 * n_words).next_multiple_of(STREAM_ALIGN) != block.stream_bytes {
+    if (2 * n_words).next_multiple_of(STREAM_ALIGN) != block.stream_bytes {
         return Err(corrupt_stream());
     }
     for patch in block.patches() {
@@ -452,11 +455,13 @@ impl<'a> BlockEncoder<'a> {
     /// Codes the symbols of a block ([step][lane]) into its stream.
     fn encode_stream(&self, symbols: &[u16], pushed: &mut Vec<(u16, u8)>) -> Vec<u8> {
         let table_bits = self.geometry.params.table_bits;
-        // Backward, as the coder works: each lane ends in state 0.
+        // Backward, as the coder works. A lane's last symbol is said by the state alone.
         pushed.clear();
-        pushed.resize(symbols.len(), (0, 0));
-        let mut states = [0u16; BLOCK_ROWS];
-        for (symbols, pushed) in symbols.chunks_exact(BLOCK_ROWS).zip(pushed.chunks_exact_mut(BLOCK_ROWS)).rev() {
+        pushed.resize(symbols.len() - BLOCK_ROWS, (0, 0));
+        let last = symbols.len() - BLOCK_ROWS;
+        let mut states: [u16; BLOCK_ROWS] = std::array::from_fn(|lane| self.encoder.last(symbols[last + lane]));
+        let before_last = symbols[..last].chunks_exact(BLOCK_ROWS);
+        for (symbols, pushed) in before_last.zip(pushed.chunks_exact_mut(BLOCK_ROWS)).rev() {
             for lane in 0..BLOCK_ROWS {
                 let (state, bits, n_bits) = self.encoder.push(states[lane], symbols[lane]);
                 states[lane] = state;

@@ -1092,7 +1092,10 @@ fn choose_params<T: CodeType>(format: Format, codes: &[T], n_rows: usize, n_cols
             break;
         }
         let split = SplitTable::new(format, &params);
-        for table_bits in [10, 11, 12] {
+        for table_bits in [10, 11, 12, 13] {
+            if table_bits + params.symbol_bits() > crate::entropy::ENTRY_BITS {
+                continue;
+            }
             let params = Params { table_bits, ..params };
             let (counted, choice) = tabulate(codes, n_cols, &params, &split, stride);
             if counted == 0 {

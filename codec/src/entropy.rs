@@ -8,9 +8,11 @@
 use crate::error::{Error, Result};
 
 /// Smallest and largest number of table bits.
-pub const TABLE_BITS: std::ops::RangeInclusive<u32> = 5..=12;
+pub const TABLE_BITS: std::ops::RangeInclusive<u32> = 5..=14;
 /// Most bits of a symbol.
 pub const SYMBOL_BITS_MAX: u32 = 15;
+/// Bits of a table entry for the symbol and the state together: a 32-bit entry less 5 bits of count.
+pub const ENTRY_BITS: u32 = 27;
 /// Bits of a patch in the archive.
 pub const PATCH_BITS: f64 = 32.0;
 
@@ -191,6 +193,11 @@ impl SymbolEncoder {
     /// Whether the table has `symbol`.
     pub fn has(&self, symbol: u16) -> bool {
         self.symbols[usize::from(symbol)].frequency != 0
+    }
+
+    /// A state that says `symbol`, for a lane's last. The table must have the symbol.
+    pub fn last(&self, symbol: u16) -> u16 {
+        self.slots[self.symbols[usize::from(symbol)].start as usize]
     }
 
     /// Codes `symbol` before what `state` stands for: the new state, the bits that take a decoder from it back to

@@ -125,11 +125,14 @@ impl Lanes {
         }
     }
 
-    /// Whether every lane has returned to state 0.
+    /// The entries of 16 lanes' slots: a lane's last symbol leads nowhere.
+    ///
+    /// # Safety
+    /// `entries` has 2^T entries.
     #[inline(always)]
-    unsafe fn ended(&self, c: &Constants) -> bool {
-        // SAFETY: the caller has the features.
-        unsafe { _mm512_test_epi32_mask(_mm512_or_si512(self.x[0], self.x[1]), c.state_mask) == 0 }
+    unsafe fn last(&self, c: &Constants, entries: *const u32, half: usize) -> __m512i {
+        // SAFETY: a state has T bits.
+        unsafe { _mm512_i32gather_epi32::<4>(_mm512_srlv_epi32(self.x[half], c.to_index), entries.cast()) }
     }
 }
 
@@ -174,8 +177,11 @@ unsafe fn run<const N: usize, const G: usize, S: Sink>(
                                 if lanes[n].next > ends[n] {
                                     return false;
                                 }
-                                entry[n][step][0] = lanes[n].step(&c, entries.as_ptr(), 0);
-                                entry[n][step][1] = lanes[n].step(&c, entries.as_ptr(), 1);
+                                entry[n][step] = if steps_left == 0 {
+                                    [0, 1].map(|half| lanes[n].last(&c, entries.as_ptr(), half))
+                                } else {
+                                    [0, 1].map(|half| lanes[n].step(&c, entries.as_ptr(), half))
+                                };
                             }
                         }
                     }
@@ -207,7 +213,7 @@ unsafe fn run<const N: usize, const G: usize, S: Sink>(
         }
         (0..N).all(|n| {
             let consumed = lanes[n].next.offset_from(blocks[n].stream.as_ptr()) as usize;
-            lanes[n].ended(&c) && consumed_all(blocks[n], consumed)
+            consumed_all(blocks[n], consumed)
         })
     }
 }
