@@ -41,8 +41,8 @@ const ZSTD_MAX_CODES: usize = 48 << 20;
 /// Weights of the matrix that encoders are measured on, at most, where there is a choice.
 const ENCODE_MAX_WEIGHTS: usize = 1 << 24;
 /// The largest error of a product that passes, relative to a row's norm times the activations' rms. Activations of 16
-/// bits make errors of about 2e-5.
-const PRODUCT_TOLERANCE: f64 = 2e-4;
+/// bits make errors of about 3e-5, and of 2e-4 in the worst of many rows.
+const PRODUCT_TOLERANCE: f64 = 5e-4;
 /// Positions of the caches that generation is measured with.
 const GENERATE_CAPACITY: usize = 256;
 
@@ -820,7 +820,7 @@ fn print_table(report: &Report) {
     }
     println!();
     println!(
-        "{:<22} {:>7} {:>16} {:>7} {:>10} {:>12} {:>7}  ratio",
+        "{:<22} {:>7} {:>19} {:>7} {:>8} {:>12} {:>9}  ratio",
         "", "threads", "", "spread", "passes/s", "bits/weight", "GB/s/core"
     );
     for m in &report.results {

@@ -13,9 +13,11 @@ use safetensors::SafeTensors;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// The largest difference of a logit, relative to the rms of the reference's logits. Leaving out any feature of the
-/// small models makes a difference above 0.02 (`scripts/reference.py` asserts it).
-const TOLERANCE: f32 = 1e-3;
+/// The largest difference of a logit, relative to the rms of the reference's logits, with plain weights. Leaving out any
+/// feature of the small models makes a difference above 0.02 (`scripts/reference.py` asserts it).
+const TOLERANCE: f32 = 1e-4;
+/// The same with encoded weights, whose `int8` products round activations to 16 bits.
+const TOLERANCE_ENCODED: f32 = 2e-3;
 
 /// One prompt's reference. `n` tokens; the layout is described in `scripts/reference.py`.
 struct Prompt {
@@ -107,7 +109,7 @@ fn options(cpu: Cpu) -> LoadOptions {
 }
 
 /// Compares `model` with the reference `name`; `label` says which variant it is.
-fn check(name: &str, label: &str, model: &Model) {
+fn check(name: &str, label: &str, model: &Model, tolerance: f32) {
     let vocabulary = model.config().vocab_size;
     for (i, prompt) in read_prompts(name).iter().enumerate() {
         let n = prompt.tokens.len();
@@ -118,7 +120,7 @@ fn check(name: &str, label: &str, model: &Model) {
             for (position, row) in logits.chunks(vocabulary).enumerate() {
                 let difference = prompt.difference(position, row);
                 assert!(
-                    difference <= TOLERANCE,
+                    difference <= tolerance,
                     "{name}, {label}, prompt {i} in chunks of {chunk}: the logits of position {position} differ by \
                      {difference} of their rms"
                 );
@@ -130,9 +132,9 @@ fn check(name: &str, label: &str, model: &Model) {
         let mut cache = model.new_cache(n + prompt.greedy.len()).unwrap();
         let mut logits = model.forward(&prompt.tokens, &mut cache, Logits::Last).unwrap();
         assert_eq!(logits.len(), vocabulary);
-        assert!(prompt.difference(n - 1, &logits) <= TOLERANCE);
+        assert!(prompt.difference(n - 1, &logits) <= tolerance);
         for (step, (&token, &margin)) in prompt.greedy.iter().zip(&prompt.greedy_margin).enumerate() {
-            if margin > 2.0 * TOLERANCE * prompt.rms {
+            if margin > 2.0 * tolerance * prompt.rms {
                 assert_eq!(argmax(&logits), token, "{name}, {label}, prompt {i}: greedy token {step}");
             }
             logits = model.forward(&[token], &mut cache, Logits::Last).unwrap();
@@ -179,12 +181,12 @@ impl TensorSource for Decoded<'_> {
 fn check_model(name: &str, dir: &Path) {
     let checkpoint = Checkpoint::open(dir).unwrap();
     for cpu in Cpu::available() {
-        check(name, cpu.name(), &Model::load(dir, &options(cpu)).unwrap());
+        check(name, cpu.name(), &Model::load(dir, &options(cpu)).unwrap(), TOLERANCE);
         for coder in [Coder::Rans, Coder::Zstd] {
             let lossless = EncodeOptions { format: Format::Bf16, coder, ..EncodeOptions::default() };
             let source = Encoded { source: &checkpoint, options: lossless };
             let model = Model::from_source(Config::open(dir).unwrap(), &source, &options(cpu)).unwrap();
-            check(name, &format!("{cpu}, encoded bf16 ({coder})"), &model);
+            check(name, &format!("{cpu}, encoded bf16 ({coder})"), &model, TOLERANCE);
         }
     }
 }
@@ -228,7 +230,8 @@ fn products_from_codes_agree_with_the_decoded_weights() {
                 let found = logits_of(&encoded, tokens, tokens.len());
                 let worst =
                     found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / rms(&expected);
-                assert!(worst <= TOLERANCE, "{name}, {format}, {cpu}: logits differ by {worst} of their rms");
+                println!("{name}, {format}, {cpu}: largest difference {worst:.1e} of the logits' rms");
+                assert!(worst <= TOLERANCE_ENCODED, "{name}, {format}, {cpu}: logits differ by {worst} of their rms");
             }
         }
     }

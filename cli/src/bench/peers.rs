@@ -166,13 +166,19 @@ mod x86 {
                 }
             }
         }
-        std::array::from_fn(|i| {
-            let sum = |v: __m512i| -> i64 {
-                let wide = |half| _mm512_reduce_add_epi64(_mm512_cvtepi32_epi64(half));
-                wide(_mm512_castsi512_si256(v)) + wide(_mm512_extracti64x4_epi64::<1>(v))
-            };
-            256 * sum(high[i]) + sum(low[i])
-        })
+        let mut dots = [0; ROWS];
+        for i in 0..ROWS {
+            dots[i] = 256 * sum_i32(high[i]) + sum_i32(low[i]);
+        }
+        dots
+    }
+
+    /// The sum of the lanes, in 64 bits.
+    #[target_feature(enable = "avx512f")]
+    fn sum_i32(v: __m512i) -> i64 {
+        let low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(v));
+        let high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64::<1>(v));
+        _mm512_reduce_add_epi64(_mm512_add_epi64(low, high))
     }
 
     /// # Safety
@@ -202,12 +208,14 @@ mod x86 {
                 sums[i] = _mm256_add_epi64(sums[i], wide);
             }
         }
-        sums.map(|s| {
+        let mut dots = [0; ROWS];
+        for i in 0..ROWS {
             let mut lanes = [0i64; 4];
             // SAFETY: `lanes` has 32 bytes.
-            unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), s) };
-            lanes.iter().sum()
-        })
+            unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), sums[i]) };
+            dots[i] = lanes.iter().sum();
+        }
+        dots
     }
 }
 
