@@ -8,8 +8,9 @@ use crate::cpu::Cpu;
 use crate::entropy::{FrequencyTable, TableChoice, Transition, choose_table};
 use crate::error::{Error, Result};
 use crate::format::{Coder, Format, ScaleMode};
+use crate::product::decode_dense;
 use crate::quantize::{Codes, Scales, code_value, matrix_shape, quantize, scale_of};
-use crate::simd::Plan;
+use crate::simd::{Plan, Quads};
 use bytes::Bytes;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -647,11 +648,11 @@ impl EncodedTensor {
     fn decode_row_block<T: CodeType>(&self, cpu: Cpu, i: usize, out: &mut [T]) -> Result<()> {
         let geometry = self.geometry();
         let n_rows = geometry.rows(i).len();
-        let mut codes = Vec::new();
+        let (mut codes, mut quads) = (Vec::new(), Quads::default());
         for j in 0..geometry.n_col_blocks() {
             let cols = geometry.cols(j);
             if cpu != Cpu::Scalar {
-                T::decode_fast(self, cpu, i, j, out)?;
+                decode_dense(self, cpu, i, j, &mut quads, out)?;
                 continue;
             }
             codes.resize(BLOCK_ROWS * cols.len(), 0u16);
@@ -833,19 +834,28 @@ pub enum CodesMut<'a> {
 pub(crate) trait CodeType: Copy + Default + Send + Sync + Into<u16> {
     fn from_code(code: u16) -> Self;
     fn from_bytes(bytes: &[u8]) -> Self;
-    /// Block (i, j) into its place in the row block `out`, by a SIMD decoder.
-    fn decode_fast(t: &EncodedTensor, cpu: Cpu, i: usize, j: usize, out: &mut [Self]) -> Result<()>;
+    /// One row of decoded quads, with the bias added.
+    fn read_row(quads: &Quads, row: usize, bias: u16, out: &mut [Self]);
 }
 
 impl CodeType for u8 {
     fn from_code(code: u16) -> Self {
         code as u8
     }
+
     fn from_bytes(bytes: &[u8]) -> Self {
         bytes[0]
     }
-    fn decode_fast(t: &EncodedTensor, cpu: Cpu, i: usize, j: usize, out: &mut [Self]) -> Result<()> {
-        crate::product::decode_dense(t, cpu, i, j, out)
+
+    fn read_row(quads: &Quads, row: usize, bias: u16, out: &mut [Self]) {
+        let (whole, rest) = out.as_chunks_mut::<4>();
+        whole.iter_mut().zip(&quads.low).for_each(|(o, quad)| *o = quad[row]);
+        if let Some(quad) = quads.low.get(whole.len()) {
+            rest.iter_mut().zip(quad[row]).for_each(|(o, code)| *o = code);
+        }
+        if bias != 0 {
+            out.iter_mut().for_each(|o| *o = o.wrapping_add(bias as u8));
+        }
     }
 }
 
@@ -853,11 +863,17 @@ impl CodeType for u16 {
     fn from_code(code: u16) -> Self {
         code
     }
+
     fn from_bytes(bytes: &[u8]) -> Self {
         u16::from_le_bytes([bytes[0], bytes[1]])
     }
-    fn decode_fast(t: &EncodedTensor, cpu: Cpu, i: usize, j: usize, out: &mut [Self]) -> Result<()> {
-        crate::product::decode_dense(t, cpu, i, j, out)
+
+    fn read_row(quads: &Quads, row: usize, bias: u16, out: &mut [Self]) {
+        for (out, (low, high)) in out.chunks_mut(4).zip(quads.low.iter().zip(&quads.high)) {
+            for (o, bytes) in out.iter_mut().zip(low[row].into_iter().zip(high[row])) {
+                *o = u16::from_le_bytes(bytes.into()).wrapping_add(bias);
+            }
+        }
     }
 }
 
