@@ -141,6 +141,12 @@ impl Matrix {
         }
     }
 
+    /// `y[row] = matrix[row] · x` for some rows and the first token of `x`, on the calling thread: what a product of one
+    /// token does in each of its tasks. The rows of an encoded matrix begin at a multiple of 32.
+    pub fn matvec(&self, cpu: Cpu, x: &Operand, rows: Range<usize>, y: &mut [f32]) -> Result<()> {
+        self.product(Level::new(cpu)?, x.token(0), Some(x), rows, y)
+    }
+
     /// `y[row][token] = matrix[row] · x[token]` for some rows, on the calling thread. An encoded matrix takes its
     /// input as `operand`.
     fn product(
