@@ -1,5 +1,6 @@
 //! `codecllm`: compresses a language model, proves the result, runs it from the compressed weights.
 
+mod bench;
 mod compress;
 mod hub;
 mod inspect;
@@ -33,6 +34,7 @@ enum Command {
     Compress(compress::Args),
     Verify(verify::Args),
     Inspect(inspect::Args),
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
         Command::Compress(args) => compress::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Bench(args) => bench::run(args),
     };
     result.unwrap_or_else(|e| output::fail(e.as_ref()))
 }

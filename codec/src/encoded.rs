@@ -692,6 +692,43 @@ impl EncodedTensor {
         })
     }
 
+    /// The codes of a run of row blocks into the caller's buffer, on this thread alone.
+    ///
+    /// # Errors
+    /// Rows that do not begin at a multiple of 32 or leave the matrix, a buffer of another size or width, a payload that
+    /// does not decode.
+    pub fn decode_codes_into(&self, cpu: Cpu, rows: Range<usize>, out: CodesMut<'_>) -> Result<()> {
+        match (self.header.format, out) {
+            (Format::Bf16, CodesMut::U16(out)) => self.codes_into(cpu, rows, out),
+            (Format::Fp8 | Format::Int8, CodesMut::U8(out)) => self.codes_into(cpu, rows, out),
+            (format, _) => Err(Error::Parameter(format!(
+                "codes of `{format}` have {} bits; the buffer's differ",
+                format.code_bits()
+            ))),
+        }
+    }
+
+    fn codes_into<T: CodeType>(&self, cpu: Cpu, rows: Range<usize>, out: &mut [T]) -> Result<()> {
+        let n_cols = self.n_cols();
+        let ends_well = rows.end == self.n_rows() || rows.end.is_multiple_of(BLOCK_ROWS);
+        if !rows.start.is_multiple_of(BLOCK_ROWS) || !ends_well || rows.end > self.n_rows() || rows.start > rows.end {
+            return Err(Error::Parameter(format!(
+                "rows {rows:?} are no row blocks of a matrix of {} rows",
+                self.n_rows()
+            )));
+        }
+        if out.len() != rows.len() * n_cols {
+            return Err(Error::Parameter(format!("rows {rows:?} of {n_cols} codes do not fit {} codes", out.len())));
+        }
+        if self.header.coder == Coder::Zstd {
+            out.copy_from_slice(&self.zstd_codes(rows)?);
+            return Ok(());
+        }
+        let first_block = rows.start / BLOCK_ROWS;
+        let mut blocks = out.chunks_mut(BLOCK_ROWS * n_cols).enumerate();
+        blocks.try_for_each(|(i, out)| self.decode_row_block(cpu, first_block + i, out))
+    }
+
     /// The codes of a run of rows.
     fn codes_of_rows<T: CodeType>(&self, cpu: Cpu, rows: Range<usize>) -> Result<Vec<T>> {
         let n_cols = self.n_cols();
@@ -792,6 +829,15 @@ impl EncodedTensor {
             expected.codes.get(at)
         )))
     }
+}
+
+/// A caller's buffer for codes, row-major.
+#[derive(Debug)]
+pub enum CodesMut<'a> {
+    /// `fp8` and `int8`.
+    U8(&'a mut [u8]),
+    /// `bf16`.
+    U16(&'a mut [u16]),
 }
 
 /// The two integers that codes are kept in.

@@ -59,8 +59,8 @@ fn bad_vectors_are_refused_for_their_reason() {
 fn every_file_is_listed() {
     let manifest = manifest();
     let listed = |kind: &str| manifest[kind].as_array().unwrap().len();
-    let n_files = std::fs::read_dir(vectors()).unwrap().filter(|f| {
-        f.as_ref().unwrap().path().extension().is_some_and(|e| e == "bin")
-    });
+    let n_files = std::fs::read_dir(vectors())
+        .unwrap()
+        .filter(|f| f.as_ref().unwrap().path().extension().is_some_and(|e| e == "bin"));
     assert_eq!(n_files.count(), listed("golden") + listed("must_fail"));
 }

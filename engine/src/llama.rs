@@ -1,0 +1,471 @@
+//! The model: its weights on a backend, the cache of a sequence, and the forward pass, once for every backend and for
+//! every way to store a matrix.
+
+use crate::backend::{Backend, CacheShape, Logits, Projection};
+use crate::config::Config;
+use crate::cpu::CpuBackend;
+use crate::error::{Error, Result};
+use crate::weights::{Loader, TensorSource};
+use codecllm_codec::Cpu;
+use codecllm_codec::checkpoint::Checkpoint;
+use codecllm_codec::encoded::Checks;
+use std::path::Path;
+
+/// Tokens of a prompt that pass through the layers together: enough that a weight is read once for many products, few
+/// enough that activations stay in the caches.
+const CHUNK: usize = 128;
+
+/// How a model is loaded and what it runs on.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// Instruction set of the products and decoders.
+    pub cpu: Cpu,
+    /// Threads; 0 stands for as many as the machine has cores.
+    pub threads: usize,
+    /// Which checksums of encoded tensors are compared; their structure is validated in any case.
+    pub check: Checks,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { cpu: Cpu::detect(), threads: 0, check: Checks::Full }
+    }
+}
+
+/// A model, ready to run.
+pub struct Model<B: Backend = CpuBackend> {
+    config: Config,
+    backend: B,
+    embedding: B::Matrix,
+    layers: Vec<Layer<B>>,
+    norm: B::Vector,
+    /// `None` where the embedding is the head.
+    head: Option<B::Matrix>,
+    weight_bytes: u64,
+}
+
+struct Layer<B: Backend> {
+    attention_norm: B::Vector,
+    query: Linear<B>,
+    key: Linear<B>,
+    value: Linear<B>,
+    output: Linear<B>,
+    /// Per head, of queries and of keys.
+    head_norms: Option<(B::Vector, B::Vector)>,
+    mlp_norm: B::Vector,
+    gate: Linear<B>,
+    up: Linear<B>,
+    down: Linear<B>,
+    window: Option<usize>,
+}
+
+struct Linear<B: Backend> {
+    matrix: B::Matrix,
+    bias: Option<B::Vector>,
+}
+
+impl<B: Backend> Linear<B> {
+    fn onto<'a>(&'a self, out: &'a mut B::Buffer) -> Projection<'a, B> {
+        Projection { matrix: &self.matrix, bias: self.bias.as_ref(), out }
+    }
+}
+
+/// The state of one sequence: its keys and values, and the workspace of its forward passes.
+pub struct KvCache<B: Backend = CpuBackend> {
+    layers: Vec<B::Cache>,
+    workspace: Workspace<B>,
+    len: usize,
+    capacity: usize,
+}
+
+/// The activations of one pass, allocated once. Widths are the configuration's.
+struct Workspace<B: Backend> {
+    batch: B::Batch,
+    /// The residual stream, `hidden_size`.
+    x: B::Buffer,
+    /// What a block reads of the stream and what it adds to it, `hidden_size`.
+    normed: B::Buffer,
+    delta: B::Buffer,
+    q: B::Buffer,
+    k: B::Buffer,
+    v: B::Buffer,
+    attended: B::Buffer,
+    gate: B::Buffer,
+    up: B::Buffer,
+    /// `logits_rows` rows of `vocab_size`; grows when the logits of all tokens are first asked for.
+    logits: B::Buffer,
+    logits_rows: usize,
+}
+
+impl<B: Backend> KvCache<B> {
+    /// Tokens in the cache: the position of the next one.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no token is in the cache.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Tokens that the cache has room for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Forgets every token.
+    pub fn reset(&mut self) {
+        self.len = 0;
+    }
+
+    /// Forgets the tokens from position `len` on; nothing where there are none.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+}
+
+impl Model {
+    /// Loads a checkpoint or an archive in Hugging Face layout onto the CPU. Matrices stay in the mapped file.
+    pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self> {
+        let config = Config::open(dir)?;
+        Self::from_source(config, &Checkpoint::open(dir)?, options)
+    }
+
+    /// Builds a model on the CPU from any source of tensors, named as in a checkpoint.
+    pub fn from_source(config: Config, source: &dyn TensorSource, options: &LoadOptions) -> Result<Self> {
+        Self::on_backend(CpuBackend::new(options.cpu, options.threads)?, config, &Loader::new(source, options.check))
+    }
+}
+
+impl<B: Backend> Model<B> {
+    /// Builds a model on a backend.
+    pub fn on_backend(backend: B, config: Config, loader: &Loader) -> Result<Self> {
+        let mut upload = Upload { backend: &backend, loader, bytes: 0 };
+        let Config { hidden_size, intermediate_size, head_dim, vocab_size, .. } = config;
+        let (q_width, kv_width) = (config.q_width(), config.kv_width());
+        let embedding = upload.matrix("model.embed_tokens.weight", vocab_size, hidden_size)?;
+        let mut layers = Vec::new();
+        for i in 0..config.n_layers {
+            let layer = format!("model.layers.{i}");
+            let attention = format!("{layer}.self_attn");
+            let mlp = format!("{layer}.mlp");
+            let (qkv_bias, mlp_bias) = (config.qkv_bias, config.mlp_bias);
+            layers.push(Layer {
+                attention_norm: upload.vector(&format!("{layer}.input_layernorm.weight"), hidden_size)?,
+                query: upload.linear(&format!("{attention}.q_proj"), q_width, hidden_size, qkv_bias)?,
+                key: upload.linear(&format!("{attention}.k_proj"), kv_width, hidden_size, qkv_bias)?,
+                value: upload.linear(&format!("{attention}.v_proj"), kv_width, hidden_size, qkv_bias)?,
+                output: upload.linear(&format!("{attention}.o_proj"), hidden_size, q_width, config.output_bias)?,
+                head_norms: match config.qk_norm {
+                    true => Some((
+                        upload.vector(&format!("{attention}.q_norm.weight"), head_dim)?,
+                        upload.vector(&format!("{attention}.k_norm.weight"), head_dim)?,
+                    )),
+                    false => None,
+                },
+                mlp_norm: upload.vector(&format!("{layer}.post_attention_layernorm.weight"), hidden_size)?,
+                gate: upload.linear(&format!("{mlp}.gate_proj"), intermediate_size, hidden_size, mlp_bias)?,
+                up: upload.linear(&format!("{mlp}.up_proj"), intermediate_size, hidden_size, mlp_bias)?,
+                down: upload.linear(&format!("{mlp}.down_proj"), hidden_size, intermediate_size, mlp_bias)?,
+                window: config.window(i),
+            });
+        }
+        let norm = upload.vector("model.norm.weight", hidden_size)?;
+        let head = match config.tied_embeddings {
+            true => None,
+            false => Some(upload.matrix("lm_head.weight", vocab_size, hidden_size)?),
+        };
+        let weight_bytes = upload.bytes;
+        Ok(Self { config, backend, embedding, layers, norm, head, weight_bytes })
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The backend that the model runs on.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Bytes of the weights as they lie in memory, norms and biases included.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    /// An empty cache with room for `capacity` tokens, or for the model's context where that is less.
+    pub fn new_cache(&self, capacity: usize) -> Result<KvCache<B>> {
+        let config = &self.config;
+        let capacity = capacity.clamp(1, config.max_positions);
+        let shape = CacheShape { capacity, n_kv_heads: config.n_kv_heads, head_dim: config.head_dim };
+        let n_tokens = capacity.min(CHUNK);
+        let buffer = |width| self.backend.buffer(n_tokens, width);
+        Ok(KvCache {
+            layers: self.layers.iter().map(|_| self.backend.cache(shape)).collect::<Result<_>>()?,
+            workspace: Workspace {
+                batch: self.backend.batch(n_tokens, &config.inverse_frequencies())?,
+                x: buffer(config.hidden_size)?,
+                normed: buffer(config.hidden_size)?,
+                delta: buffer(config.hidden_size)?,
+                q: buffer(config.q_width())?,
+                k: buffer(config.kv_width())?,
+                v: buffer(config.kv_width())?,
+                attended: buffer(config.q_width())?,
+                gate: buffer(config.intermediate_size)?,
+                up: buffer(config.intermediate_size)?,
+                logits: self.backend.buffer(1, config.vocab_size)?,
+                logits_rows: 1,
+            },
+            len: 0,
+            capacity,
+        })
+    }
+
+    /// Runs `tokens`, which follow those in the cache, and appends them to it.
+    ///
+    /// Returns the logits of the last token (`vocab_size` values) or of all (`[tokens.len(), vocab_size]`). Prompts of any
+    /// length are cut into chunks, so memory stays bounded. After an error the cache holds what it held before.
+    ///
+    /// The cache must come from this model's [`new_cache`](Self::new_cache).
+    pub fn forward(&self, tokens: &[u32], cache: &mut KvCache<B>, want: Logits) -> Result<Vec<f32>> {
+        self.check_tokens(tokens, cache)?;
+        let vocab_size = self.config.vocab_size;
+        let n_rows = match want {
+            Logits::Last => 1,
+            Logits::All => tokens.len(),
+        };
+        if want == Logits::All && cache.workspace.logits_rows < n_rows.min(CHUNK) {
+            cache.workspace.logits_rows = n_rows.min(CHUNK);
+            cache.workspace.logits = self.backend.buffer(cache.workspace.logits_rows, vocab_size)?;
+        }
+        let mut logits = vec![0.0; n_rows * vocab_size];
+        let mut position = cache.len;
+        let mut unread = logits.as_mut_slice();
+        for chunk in tokens.chunks(CHUNK) {
+            self.backend.begin(&mut cache.workspace.batch, chunk, position)?;
+            position += chunk.len();
+            let is_last = position == cache.len + tokens.len();
+            let wanted = (want == Logits::All || is_last).then_some(want);
+            self.backend.run(|| self.pass(cache, wanted))?;
+            if let Some(want) = wanted {
+                let n_rows = if want == Logits::All { chunk.len() } else { 1 };
+                let (now, rest) = unread.split_at_mut(n_rows * vocab_size);
+                self.backend.read(&cache.workspace.logits, now)?;
+                unread = rest;
+            }
+        }
+        cache.len = position;
+        Ok(logits)
+    }
+
+    fn check_tokens(&self, tokens: &[u32], cache: &KvCache<B>) -> Result<()> {
+        if tokens.is_empty() {
+            return Err(Error::Parameter("there is no token to run; give at least one".into()));
+        }
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= self.config.vocab_size) {
+            return Err(Error::Parameter(format!(
+                "token {id} is not in the model's vocabulary of {}; does the tokenizer belong to this model?",
+                self.config.vocab_size
+            )));
+        }
+        let wanted = cache.len + tokens.len();
+        if wanted > self.config.max_positions {
+            return Err(Error::Context { what: "the model's context", limit: self.config.max_positions, wanted });
+        }
+        if wanted > cache.capacity {
+            return Err(Error::Context { what: "the cache's capacity", limit: cache.capacity, wanted });
+        }
+        Ok(())
+    }
+
+    /// The forward pass over the batch that was begun.
+    fn pass(&self, cache: &mut KvCache<B>, want: Option<Logits>) -> Result<()> {
+        let b = &self.backend;
+        let eps = self.config.rms_norm_eps;
+        let Workspace { batch, x, normed, delta, q, k, v, attended, gate, up, logits, .. } = &mut cache.workspace;
+        b.embed(batch, &self.embedding, x)?;
+        for (layer, kv) in self.layers.iter().zip(&mut cache.layers) {
+            b.rms_norm(batch, x, &layer.attention_norm, eps, normed)?;
+            b.project(batch, normed, &mut [layer.query.onto(q), layer.key.onto(k), layer.value.onto(v)])?;
+            if let Some((query_norm, key_norm)) = &layer.head_norms {
+                b.head_norm(batch, q, query_norm, eps)?;
+                b.head_norm(batch, k, key_norm, eps)?;
+            }
+            b.rotate(batch, q)?;
+            b.rotate(batch, k)?;
+            b.append(batch, k, v, kv)?;
+            b.attend(batch, q, kv, layer.window, attended)?;
+            b.project(batch, attended, &mut [layer.output.onto(delta)])?;
+            b.add(batch, x, delta)?;
+
+            b.rms_norm(batch, x, &layer.mlp_norm, eps, normed)?;
+            b.project(batch, normed, &mut [layer.gate.onto(gate), layer.up.onto(up)])?;
+            b.silu_mul(batch, gate, up)?;
+            b.project(batch, gate, &mut [layer.down.onto(delta)])?;
+            b.add(batch, x, delta)?;
+        }
+        if let Some(want) = want {
+            b.rms_norm(batch, x, &self.norm, eps, normed)?;
+            b.logits(batch, normed, self.head.as_ref().unwrap_or(&self.embedding), want, logits)?;
+        }
+        Ok(())
+    }
+}
+
+/// Brings tensors onto a backend and counts their bytes.
+struct Upload<'a, B: Backend> {
+    backend: &'a B,
+    loader: &'a Loader<'a>,
+    bytes: u64,
+}
+
+impl<B: Backend> Upload<'_, B> {
+    fn matrix(&mut self, name: &str, n_rows: usize, n_cols: usize) -> Result<B::Matrix> {
+        let matrix = self.backend.matrix(self.loader.matrix(name, n_rows, n_cols)?)?;
+        self.bytes += self.backend.matrix_bytes(&matrix);
+        Ok(matrix)
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<B::Vector> {
+        self.bytes += 4 * len as u64;
+        self.backend.vector(self.loader.vector(name, len)?)
+    }
+
+    /// `name.weight`, `[n_rows, n_cols]`, and `name.bias` where the model has biases there.
+    fn linear(&mut self, name: &str, n_rows: usize, n_cols: usize, has_bias: bool) -> Result<Linear<B>> {
+        Ok(Linear {
+            matrix: self.matrix(&format!("{name}.weight"), n_rows, n_cols)?,
+            bias: if has_bias { Some(self.vector(&format!("{name}.bias"), n_rows)?) } else { None },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use codecllm_codec::checkpoint::{Dtype, Tensor};
+    use half::bf16;
+    use rand::rngs::SmallRng;
+    use rand::{Rng, SeedableRng};
+    use std::collections::HashMap;
+
+    const CONFIG: &str = r#"{
+        "architectures": ["Qwen3ForCausalLM"], "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 300,
+        "attention_bias": true
+    }"#;
+
+    /// Random BF16 weights for `CONFIG`.
+    fn weights() -> HashMap<String, Tensor> {
+        let mut rng = SmallRng::seed_from_u64(1);
+        let mut weights = HashMap::new();
+        let mut add = |name: String, shape: &[usize]| {
+            let values = (0..shape.iter().product()).map(|_| bf16::from_f32(rng.random_range(-0.5..0.5)));
+            let data: Vec<u8> = values.flat_map(bf16::to_le_bytes).collect();
+            let tensor = Tensor { name: name.clone(), dtype: Dtype::Bf16, shape: shape.to_vec(), data: data.into() };
+            weights.insert(name, tensor);
+        };
+        for i in 0..2 {
+            let mut add = |name: &str, shape: &[usize]| add(format!("model.layers.{i}.{name}"), shape);
+            for (name, n_rows, n_cols) in [("q", 32, 32), ("k", 16, 32), ("v", 16, 32), ("o", 32, 32)] {
+                add(&format!("self_attn.{name}_proj.weight"), &[n_rows, n_cols]);
+                add(&format!("self_attn.{name}_proj.bias"), &[n_rows]);
+            }
+            for (name, n_rows, n_cols) in [("gate", 48, 32), ("up", 48, 32), ("down", 32, 48)] {
+                add(&format!("mlp.{name}_proj.weight"), &[n_rows, n_cols]);
+            }
+            for (name, len) in [
+                ("input_layernorm", 32),
+                ("post_attention_layernorm", 32),
+                ("self_attn.q_norm", 8),
+                ("self_attn.k_norm", 8),
+            ] {
+                add(&format!("{name}.weight"), &[len]);
+            }
+        }
+        add("model.embed_tokens.weight".into(), &[90, 32]);
+        add("model.norm.weight".into(), &[32]);
+        add("lm_head.weight".into(), &[90, 32]);
+        weights
+    }
+
+    fn load(weights: &HashMap<String, Tensor>) -> Result<Model> {
+        Model::from_source(Config::from_json(CONFIG)?, weights, &LoadOptions { threads: 2, ..Default::default() })
+    }
+
+    fn tokens(n: usize) -> Vec<u32> {
+        (0..n as u32).map(|i| i * 37 % 90).collect()
+    }
+
+    #[track_caller]
+    fn assert_close(a: &[f32], b: &[f32]) {
+        assert_eq!(a.len(), b.len());
+        assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4), "largest of {:?}", a.len());
+    }
+
+    #[test]
+    fn a_prompt_in_chunks_equals_its_tokens_one_by_one() {
+        let model = load(&weights()).unwrap();
+        let tokens = tokens(2 * CHUNK + 9);
+        let mut cache = model.new_cache(tokens.len()).unwrap();
+        let mut expected = Vec::new();
+        for token in &tokens {
+            expected.extend(model.forward(&[*token], &mut cache, Logits::Last).unwrap());
+        }
+        cache.reset();
+        assert_close(&model.forward(&tokens, &mut cache, Logits::All).unwrap(), &expected);
+        assert_eq!(cache.len(), tokens.len());
+
+        cache.truncate(CHUNK + 3);
+        let last = model.forward(&tokens[CHUNK + 3..], &mut cache, Logits::Last).unwrap();
+        assert_close(&last, &expected[expected.len() - 90..]);
+    }
+
+    #[test]
+    fn weight_bytes_count_every_tensor() {
+        let weights = weights();
+        let matrices = weights.values().filter(|t| t.shape.len() == 2).map(|t| t.data.len());
+        // Vectors are widened to f32.
+        let vectors = weights.values().filter(|t| t.shape.len() == 1).map(|t| 2 * t.data.len());
+        assert_eq!(load(&weights).unwrap().weight_bytes(), matrices.chain(vectors).sum::<usize>() as u64);
+    }
+
+    #[test]
+    fn requests_that_cannot_be_run_are_refused() {
+        let model = load(&weights()).unwrap();
+        let mut cache = model.new_cache(10).unwrap();
+        model.forward(&tokens(4), &mut cache, Logits::Last).unwrap();
+        let error = |tokens: &[u32], cache: &mut KvCache| {
+            let error = model.forward(tokens, cache, Logits::Last).unwrap_err().to_string();
+            assert_eq!(cache.len(), 4);
+            error
+        };
+        assert!(error(&[], &mut cache).contains("at least one"));
+        assert!(error(&[3, 90], &mut cache).contains("token 90 is not in the model's vocabulary of 90"));
+        assert!(error(&tokens(7), &mut cache).contains("11 tokens exceed the cache's capacity of 10"));
+        assert!(error(&tokens(297), &mut cache).contains("301 tokens exceed the model's context of 300"));
+        assert_eq!(model.new_cache(1000).unwrap().capacity(), 300);
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_are_named() {
+        let error = |name: &str, change: fn(&mut Tensor)| {
+            let mut weights = weights();
+            change(weights.get_mut(name).unwrap());
+            load(&weights).err().unwrap().to_string()
+        };
+        let name = "model.layers.1.mlp.up_proj.weight";
+        let found = error(name, |t| t.shape = vec![32, 48]);
+        assert!(found.contains(name) && found.contains("[32, 48]") && found.contains("[48, 32]"), "{found}");
+        assert!(error(name, |t| t.data.truncate(3000)).contains("3000 bytes"));
+        assert!(error(name, |t| t.dtype = Dtype::U8).contains("U8"));
+        let name = "model.layers.0.self_attn.q_norm.weight";
+        assert!(error(name, |t| t.shape = vec![4, 2]).contains("[8]"));
+
+        let mut weights = weights();
+        weights.remove("lm_head.weight");
+        let found = load(&weights).err().unwrap().to_string();
+        assert!(found.contains("lm_head.weight") && found.contains("missing"), "{found}");
+    }
+}
