@@ -51,10 +51,16 @@ pub fn fail(error: &(dyn StdError + Send + Sync + 'static)) -> ExitCode {
 }
 
 fn exit_code(error: &(dyn StdError + 'static)) -> u8 {
-    use codecllm_codec::Error;
-    match error.downcast_ref() {
-        Some(Error::Interrupted) => INTERRUPTED,
-        Some(Error::Parameter(_)) => UNUSABLE,
+    use codecllm_codec::Error as Codec;
+    use codecllm_engine::Error as Engine;
+    let codec = match error.downcast_ref() {
+        Some(Engine::Codec(codec)) => Some(codec),
+        Some(Engine::Parameter(_)) => return UNUSABLE,
+        _ => error.downcast_ref(),
+    };
+    match codec {
+        Some(Codec::Interrupted) => INTERRUPTED,
+        Some(Codec::Parameter(_)) => UNUSABLE,
         _ => FAILED,
     }
 }
@@ -157,9 +163,13 @@ mod tests {
 
     #[test]
     fn exit_codes_say_whose_fault_it_is() {
-        let code = |e: codecllm_codec::Error| exit_code(&e);
-        assert_eq!(code(codecllm_codec::Error::Interrupted), 130);
-        assert_eq!(code(codecllm_codec::Error::Parameter("no".into())), 2);
-        assert_eq!(code(codecllm_codec::Error::format("file", "bad")), 1);
+        use codecllm_codec::Error;
+        for (error, code) in
+            [(Error::Interrupted, 130), (Error::Parameter("no".into()), 2), (Error::format("file", "bad"), 1)]
+        {
+            assert_eq!(exit_code(&error), code);
+            assert_eq!(exit_code(&codecllm_engine::Error::from(error)), code);
+        }
+        assert_eq!(exit_code(&codecllm_engine::Error::Parameter("no".into())), 2);
     }
 }

@@ -8,6 +8,7 @@ use codecllm_codec::checkpoint::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
 use codecllm_codec::{Checkpoint, Coder, Cpu, EncodeOptions, EncodedTensor, Error, Format, ScaleMode};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -395,6 +396,22 @@ fn hostile_indexes_are_refused() {
 }
 
 #[test]
+fn a_provenance_that_leads_elsewhere_is_refused() {
+    let (source, target) = (model(MODEL), TempDir::new().unwrap());
+    let archive = target.path().join("a");
+    compress(source.path(), &archive, &options(Format::Int8), &Silent).unwrap();
+    let path = archive.join(PROVENANCE_FILE);
+    let mut provenance: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    provenance["files"][0]["file"] = json!("../../etc/passwd");
+    // Whoever forges the names can forge the hash.
+    provenance["sha256"] = json!("");
+    let text = |value: &Value| serde_json::to_string_pretty(value).unwrap() + "\n";
+    provenance["sha256"] = json!(format!("{:x}", Sha256::digest(text(&provenance))));
+    fs::write(&path, text(&provenance)).unwrap();
+    assert!(message(Provenance::open(&archive)).contains("not a file of the same directory"));
+}
+
+#[test]
 fn hostile_headers_are_refused() {
     let dir = TempDir::new().unwrap();
     let open = |header: &str, data: usize| {
@@ -530,6 +547,13 @@ fn what_is_not_an_archive_is_never_replaced() {
     fs::write(foreign.join("notes.txt"), "mine").unwrap();
     refused(&target.path().join("b"), "move them away");
     assert!(foreign.join("notes.txt").exists());
+    let archive = target.path().join("archive");
+    compress(source.path(), &archive, &options(Format::Int8), &Silent).unwrap();
+    let aside = target.path().join("archive.replaced");
+    fs::create_dir(&aside).unwrap();
+    fs::write(aside.join("notes.txt"), "mine").unwrap();
+    refused(&archive, "in the way");
+    assert!(aside.join("notes.txt").exists());
     let empty = target.path().join("empty");
     fs::create_dir(&empty).unwrap();
     compress(source.path(), &empty, &forced, &Silent).unwrap();

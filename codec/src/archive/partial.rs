@@ -59,9 +59,11 @@ impl Target {
         if found.is_symlink() {
             return refuse("it is a symbolic link; give the directory that it points to");
         }
-        let is_archive = target.dst.join(PROVENANCE_FILE).is_file();
-        if !is_archive && !fs::read_dir(&target.dst).is_ok_and(|mut entries| entries.next().is_none()) {
+        if !is_replaceable(&target.dst) {
             return refuse("it is not an archive of codecllm, and --force replaces nothing else; remove it yourself");
+        }
+        if target.replaced.exists() && !is_replaceable(&target.replaced) {
+            return refuse(&format!("{} is in the way; move it away", target.replaced.display()));
         }
         Ok(target)
     }
@@ -221,6 +223,11 @@ impl Partial {
             let _ = fs::remove_dir_all(self.dir());
         }
     }
+}
+
+/// Whether `dir` is an archive, or an empty directory.
+fn is_replaceable(dir: &Path) -> bool {
+    dir.join(PROVENANCE_FILE).is_file() || fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 fn temporary(path: &Path) -> PathBuf {

@@ -1,5 +1,6 @@
 //! `codecllm.json`: what an archive was made from, how, and the hash of every file.
 
+use crate::checkpoint::is_plain_file_name;
 use crate::error::{Error, Result};
 use crate::format::{Coder, Format, ScaleMode};
 use crate::{EncodeOptions, Prefer};
@@ -138,7 +139,7 @@ impl Provenance {
     /// Reads `codecllm.json` of an archive.
     ///
     /// # Errors
-    /// A file that cannot be read, is malformed, or does not match its own hash.
+    /// A file that cannot be read, is malformed, does not match its own hash, or names files elsewhere.
     pub fn open(archive: &Path) -> Result<Self> {
         let path = archive.join(PROVENANCE_FILE);
         let bad = |problem: String| Error::format(path.display().to_string(), problem);
@@ -146,6 +147,10 @@ impl Provenance {
         let provenance: Self = serde_json::from_slice(&text).map_err(|e| bad(format!("not a provenance: {e}")))?;
         if provenance.to_text().as_bytes() != text || provenance.sha256 != provenance.own_hash() {
             return Err(bad("it does not match its own SHA-256: it is damaged, or was edited".into()));
+        }
+        let mut files = provenance.source.iter().chain(&provenance.files).map(|f| &f.file);
+        if let Some(name) = files.find(|name| !is_plain_file_name(name)) {
+            return Err(bad(format!("it names `{name}`, which is not a file of the same directory")));
         }
         Ok(provenance)
     }
