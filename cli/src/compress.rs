@@ -13,7 +13,7 @@ use std::time::Instant;
 ///
 /// Reads a checkpoint in Hugging Face layout and writes a directory of the same layout, in which each matrix is
 /// compressed: embeddings and output head included, norms and biases as they are. It holds one tensor in memory at a time.
-/// The archive grows in OUTPUT.partial, and takes its name when it is complete.
+/// The archive grows in DST.partial, and takes its name when it is complete.
 ///
 /// Formats: bf16 keeps every bit of a BF16 checkpoint (about 10.6 bits a weight); fp8 and int8 round each weight to 8 bits
 /// with a scale per output channel, and then compress those (about 6.5 to 7 bits a weight).

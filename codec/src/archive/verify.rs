@@ -327,6 +327,7 @@ fn check_config(source: &Path, archive: &Path) -> Check {
         })
     };
     match (read(source), read(archive)) {
+        (Ok(None), Ok(None)) => return tally.finish(|_| format!("neither source nor archive has a {CONFIG_FILE}")),
         (Ok(expected), Ok(found)) => {
             let key = |a: &Option<Map<String, Value>>, b: &Option<Map<String, Value>>| {
                 a.iter().flatten().find(|(k, v)| b.as_ref().and_then(|b| b.get(*k)) != Some(v)).map(|(k, _)| k.clone())
