@@ -277,10 +277,14 @@ impl Bench {
         });
         Ok(Self {
             operands: operands.collect(),
-            bf16: copies(workload.matrices.iter().map(|m| plain_bf16(m, m.data.clone())).collect(), n_copies, |i, _| {
-                let matrix = &workload.matrices[i];
-                plain_bf16(matrix, Bytes::copy_from_slice(&matrix.data))
-            }),
+            bf16: copies(
+                workload.matrices.iter().map(|m| plain_bf16(m, m.data.clone())).collect(),
+                n_copies,
+                |i, _| {
+                    let matrix = &workload.matrices[i];
+                    plain_bf16(matrix, Bytes::copy_from_slice(&matrix.data))
+                },
+            ),
             int8: copies(int8, n_copies, |_, matrix| matrix.clone()),
             encoded,
             zstd,
