@@ -384,13 +384,19 @@ impl DecodeTables {
 }
 
 /// An encoded tensor, validated. Cloning is cheap.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct EncodedTensor {
     data: Bytes,
     header: Header,
     sections: Sections,
     /// None with zstd.
     tables: Option<Arc<DecodeTables>>,
+}
+
+impl std::fmt::Debug for EncodedTensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EncodedTensor").field("header", &self.header).finish_non_exhaustive()
+    }
 }
 
 impl EncodedTensor {
@@ -901,6 +907,19 @@ fn metadata_checksum(metadata: &[u8]) -> u64 {
 /// # Errors
 /// A tensor that is not a non-empty matrix of BF16, F16 or F32; a weight that the format cannot hold.
 pub fn encode_tensor(t: &Tensor, options: &EncodeOptions) -> Result<Vec<u8>> {
+    encode(t, options, None)
+}
+
+/// [`encode_tensor`] with coder `rans` and parameters that the caller chose.
+///
+/// # Errors
+/// Also parameters that break the format's rules.
+pub fn encode_with_params(t: &Tensor, format: Format, scale: ScaleMode, params: Params) -> Result<Vec<u8>> {
+    params.validate(format)?;
+    encode(t, &EncodeOptions { format, scale, ..Default::default() }, Some(params))
+}
+
+fn encode(t: &Tensor, options: &EncodeOptions, params: Option<Params>) -> Result<Vec<u8>> {
     let q = quantize(t, options.format, options.scale)?;
     let (n_rows, n_cols) = matrix_shape(t)?;
     let header = Header {
@@ -929,8 +948,8 @@ pub fn encode_tensor(t: &Tensor, options: &EncodeOptions) -> Result<Vec<u8>> {
             let bytes: Vec<u8> = codes.iter().flat_map(|c| c.to_le_bytes()).collect();
             encode_zstd(header, &scales, &bytes)
         }
-        (Coder::Rans, Codes::U8(codes)) => encode_rans(header, &scales, codes, options.prefer),
-        (Coder::Rans, Codes::U16(codes)) => encode_rans(header, &scales, codes, options.prefer),
+        (Coder::Rans, Codes::U8(codes)) => encode_rans(header, &scales, codes, options.prefer, params),
+        (Coder::Rans, Codes::U16(codes)) => encode_rans(header, &scales, codes, options.prefer, params),
     }
 }
 
@@ -949,9 +968,15 @@ fn encode_zstd(mut header: Header, scales: &[u8], codes: &[u8]) -> Result<Vec<u8
     assemble(header, |s| vec![(s.scales.start, scales), (s.offsets.start, &offsets)], &[], frames.into_iter())
 }
 
-fn encode_rans<T: CodeType>(mut header: Header, scales: &[u8], codes: Cow<'_, [T]>, prefer: Prefer) -> Result<Vec<u8>> {
+fn encode_rans<T: CodeType>(
+    mut header: Header,
+    scales: &[u8],
+    codes: Cow<'_, [T]>,
+    prefer: Prefer,
+    params: Option<Params>,
+) -> Result<Vec<u8>> {
     let (format, n_cols) = (header.format, header.n_cols);
-    let params = choose_params(format, &codes, header.n_rows, n_cols, prefer);
+    let params = params.unwrap_or_else(|| choose_params(format, &codes, header.n_rows, n_cols, prefer));
     let split = SplitTable::new(format, &params);
     let choice = tabulate(&codes, n_cols, &params, &split, 1).1;
     header.params = params;

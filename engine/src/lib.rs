@@ -1,17 +1,28 @@
 //! The engine of CodecLLM: runs models of the Llama family, from plain and from compressed weights alike.
 //!
 //! [`config`] says what the model is, [`weights`] finds its tensors, [`llama`] is the forward pass, written once in the
-//! operations of [`backend`], which [`cpu`] implements.
+//! operations of [`backend`], which [`cpu`] implements. Around it stand the [`tokenizer`] and the [`chat`] template, the
+//! [`sampler`], [`generate`](mod@generate), which makes text of them, and [`evaluate`](mod@evaluate), which measures.
 
 pub mod backend;
+pub mod chat;
 pub mod config;
 pub mod cpu;
 pub mod error;
+pub mod evaluate;
+pub mod generate;
 pub mod llama;
+pub mod sampler;
+pub mod tokenizer;
 pub mod weights;
 
 pub use backend::Logits;
+pub use chat::{ChatTemplate, Message};
 pub use config::Config;
 pub use error::{Error, Result};
+pub use evaluate::evaluate;
+pub use generate::{Finish, GenerateOptions, Generation, generate};
 pub use llama::{KvCache, LoadOptions, Model};
+pub use sampler::{Sampler, SamplingOptions};
+pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::TensorSource;

@@ -1,0 +1,185 @@
+//! From text to tokens and back, by the checkpoint's own `tokenizer.json`.
+
+use crate::error::{Error, Result};
+use serde::Deserialize;
+use std::path::Path;
+
+const TOKENIZER_FILE: &str = "tokenizer.json";
+/// The settings that stand beside the tokenizer; a checkpoint may come without.
+pub(crate) const SETTINGS_FILE: &str = "tokenizer_config.json";
+
+/// Tokens of the prompt that a [`TextStream`] keeps in sight. Some decoders drop the space before a text's first word;
+/// with a few tokens before it, a generated word is not the first.
+const STREAM_CONTEXT: usize = 8;
+
+/// A model's tokenizer and its special tokens.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    /// What `add_bos_token` says; `None` leaves it to the post-processor of `tokenizer.json`.
+    add_bos: Option<bool>,
+    /// The post-processor itself puts `bos` before a text.
+    inner_adds_bos: bool,
+}
+
+/// The fields of `tokenizer_config.json` that are read here.
+#[derive(Deserialize, Default)]
+struct Settings {
+    bos_token: Option<SpecialToken>,
+    eos_token: Option<SpecialToken>,
+    add_bos_token: Option<bool>,
+}
+
+/// A special token as `tokenizer_config.json` spells it: its text, or an object with its text and flags.
+#[derive(Deserialize, Clone)]
+#[serde(untagged)]
+pub(crate) enum SpecialToken {
+    Text(String),
+    Object { content: String },
+}
+
+impl SpecialToken {
+    pub(crate) fn text(&self) -> &str {
+        match self {
+            Self::Text(text) | Self::Object { content: text } => text,
+        }
+    }
+}
+
+/// The text of a file of the checkpoint, or `None` where it has no such file.
+pub(crate) fn read_optional(path: &Path) -> Result<Option<String>> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(path, e)),
+    }
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`, and `tokenizer_config.json` where there is one, from a model's directory.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join(TOKENIZER_FILE);
+        let tokenizer = read_optional(&path)?.ok_or_else(|| {
+            Error::format(
+                path.display().to_string(),
+                "there is no such file, so text cannot become tokens; copy it from the model's source (a `tokenizer.model` \
+                 alone does not do: convert it with Transformers' `AutoTokenizer` and `save_pretrained`)",
+            )
+        })?;
+        let settings = read_optional(&dir.join(SETTINGS_FILE))?;
+        Self::from_json(&tokenizer, settings.as_deref())
+    }
+
+    /// Reads the texts of a `tokenizer.json` and of a `tokenizer_config.json`.
+    pub fn from_json(tokenizer: &str, settings: Option<&str>) -> Result<Self> {
+        let mut inner: tokenizers::Tokenizer =
+            tokenizer.parse().map_err(|e: tokenizers::Error| Error::format(TOKENIZER_FILE, e.to_string()))?;
+        // Settings of training batches; a prompt is neither cut nor filled up.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(failed)?;
+        let settings: Settings = match settings {
+            Some(text) => serde_json::from_str(text).map_err(|e| Error::format(SETTINGS_FILE, e.to_string()))?,
+            None => Settings::default(),
+        };
+        let id = |token: &Option<SpecialToken>, name: &str| match token {
+            Some(token) => inner.token_to_id(token.text()).map(Some).ok_or_else(|| {
+                Error::format(SETTINGS_FILE, format!("{name} `{}` is not a token of {TOKENIZER_FILE}", token.text()))
+            }),
+            None => Ok(None),
+        };
+        let bos = id(&settings.bos_token, "bos_token")?;
+        let eos = id(&settings.eos_token, "eos_token")?;
+        if settings.add_bos_token == Some(true) && bos.is_none() {
+            return Err(Error::format(SETTINGS_FILE, "add_bos_token is set, but there is no bos_token"));
+        }
+        let empty = inner.encode_fast("", true).map_err(failed)?;
+        let inner_adds_bos = bos.is_some() && empty.get_ids().first().copied() == bos;
+        Ok(Self { inner, bos, eos, add_bos: settings.add_bos_token, inner_adds_bos })
+    }
+
+    /// The token that begins a text, if the tokenizer has one.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The token that ends a text, if the tokenizer has one.
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// The tokens of `text`. Special tokens spelled out in the text are recognized.
+    ///
+    /// `add_special` adds what the tokenizer puts around a text: where `tokenizer_config.json` has `add_bos_token`, that
+    /// decides about the token at the start, else the post-processor of `tokenizer.json` does.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let mut ids = self.inner.encode_fast(text, add_special).map_err(failed)?.get_ids().to_vec();
+        if add_special {
+            match (self.add_bos, self.bos) {
+                (Some(true), Some(bos)) if !self.inner_adds_bos => ids.insert(0, bos),
+                (Some(false), _) if self.inner_adds_bos => drop(ids.remove(0)),
+                _ => {}
+            }
+        }
+        Ok(ids)
+    }
+
+    /// The tokens of a prompt: [`encode`](Self::encode) with the special tokens, and never empty where the tokenizer has
+    /// a token to begin with.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let ids = self.encode(text, true)?;
+        Ok(if ids.is_empty() { self.bos.into_iter().collect() } else { ids })
+    }
+
+    /// The text of `ids`, special tokens left out. Bytes that are not UTF-8 become U+FFFD.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, true).map_err(failed)
+    }
+
+    /// A decoder for tokens that come one at a time, after `prompt`.
+    pub fn stream(&self, prompt: &[u32]) -> TextStream<'_> {
+        let context = prompt[prompt.len().saturating_sub(STREAM_CONTEXT)..].to_vec();
+        TextStream { tokenizer: self, n_read: context.len(), ids: context }
+    }
+}
+
+fn failed(e: tokenizers::Error) -> Error {
+    Error::format(TOKENIZER_FILE, e.to_string())
+}
+
+/// Turns tokens into text as they come. What it gives out is whole characters; a character whose bytes are spread over
+/// several tokens waits for the last of them.
+pub struct TextStream<'a> {
+    tokenizer: &'a Tokenizer,
+    /// The tokens given out last (`n_read` of them), then those that wait.
+    ids: Vec<u32>,
+    n_read: usize,
+}
+
+impl TextStream<'_> {
+    /// Takes a token and returns the text that it completes, often a word, sometimes nothing.
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        self.ids.push(id);
+        let text = self.unread()?;
+        // U+FFFD at the end stands for the first bytes of a character, most likely.
+        if text.is_empty() || text.ends_with(char::REPLACEMENT_CHARACTER) {
+            return Ok(String::new());
+        }
+        self.ids.drain(..self.n_read);
+        self.n_read = self.ids.len();
+        Ok(text)
+    }
+
+    /// The text that still waits; bytes that never became a character are U+FFFD in it.
+    pub fn finish(self) -> Result<String> {
+        self.unread()
+    }
+
+    /// A token's text depends on its neighbours, so the new tokens are decoded after those before them.
+    fn unread(&self) -> Result<String> {
+        let before = self.tokenizer.decode(&self.ids[..self.n_read])?;
+        let mut text = self.tokenizer.decode(&self.ids)?;
+        let common = before.chars().zip(text.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();
+        Ok(text.split_off(common))
+    }
+}
