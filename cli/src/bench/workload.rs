@@ -189,7 +189,7 @@ impl Workload {
         let mut others = HashMap::new();
         for name in checkpoint.names() {
             if matrices.iter().all(|m| m.name != *name) {
-                others.insert(name.to_string(), checkpoint.tensor(&name)?);
+                others.insert(name.to_string(), checkpoint.tensor(name)?);
             }
         }
         let kinds = [(config.n_layers, layers), (1, vec![vec![head]])];
