@@ -701,9 +701,10 @@ impl EncodedTensor {
         match (self.header.format, out) {
             (Format::Bf16, CodesMut::U16(out)) => self.codes_into(cpu, rows, out),
             (Format::Fp8 | Format::Int8, CodesMut::U8(out)) => self.codes_into(cpu, rows, out),
-            (format, _) => {
-                Err(Error::Parameter(format!("codes of `{format}` have {} bits; the buffer's differ", format.code_bits())))
-            }
+            (format, _) => Err(Error::Parameter(format!(
+                "codes of `{format}` have {} bits; the buffer's differ",
+                format.code_bits()
+            ))),
         }
     }
 
@@ -711,7 +712,10 @@ impl EncodedTensor {
         let n_cols = self.n_cols();
         let ends_well = rows.end == self.n_rows() || rows.end.is_multiple_of(BLOCK_ROWS);
         if !rows.start.is_multiple_of(BLOCK_ROWS) || !ends_well || rows.end > self.n_rows() || rows.start > rows.end {
-            return Err(Error::Parameter(format!("rows {rows:?} are no row blocks of a matrix of {} rows", self.n_rows())));
+            return Err(Error::Parameter(format!(
+                "rows {rows:?} are no row blocks of a matrix of {} rows",
+                self.n_rows()
+            )));
         }
         if out.len() != rows.len() * n_cols {
             return Err(Error::Parameter(format!("rows {rows:?} of {n_cols} codes do not fit {} codes", out.len())));
