@@ -150,8 +150,11 @@ impl Workload {
             data: weights.draw(head as u64, n_rows, n_cols),
         });
 
-        let mut title =
-            format!("{} layers of {} weights and the head, drawn from seed {seed}", config.n_layers, layer_weights);
+        let mut title = format!(
+            "{} layers of {:.1} M weights and the head, drawn from seed {seed}",
+            config.n_layers,
+            layer_weights as f64 / 1e6
+        );
         if n_layers < config.n_layers {
             title += &format!("; {n_layers} layers are in memory and are run in turn for the others");
         }
