@@ -38,7 +38,7 @@ pub struct Summary {
     pub n_weights: u64,
     /// Bytes of the source's weight files.
     pub source_bytes: u64,
-    /// Bytes of the archive's weight files.
+    /// Bytes of the archive's weight files, with index and provenance.
     pub archive_bytes: u64,
     /// Shards taken over from an interrupted run.
     pub n_resumed_shards: usize,
@@ -160,15 +160,17 @@ impl Job<'_> {
         }
         sources.sort_by(|a, b| a.file.cmp(&b.file));
         files.sort_by(|a, b| a.file.cmp(&b.file));
-        let provenance = Provenance::new(settings, sources, files);
-        write_synced(&dir.join(PROVENANCE_FILE), provenance.to_text().as_bytes())?;
+        let index_bytes: u64 = files.iter().filter(|f| f.file == INDEX_FILE).map(|f| f.bytes).sum();
+        let provenance = Provenance::new(settings, sources, files).to_text();
+        write_synced(&dir.join(PROVENANCE_FILE), provenance.as_bytes())?;
+        let shard_bytes: u64 = shards.iter().map(|s| s.output.bytes).sum();
 
         Ok(Summary {
             n_tensors: tensors.len(),
             n_encoded: self.selected.len(),
             n_weights: tensors.iter().map(|t| t.n_elements() as u64).sum(),
             source_bytes: shards.iter().map(|s| s.source.bytes).sum(),
-            archive_bytes: shards.iter().map(|s| s.output.bytes).sum(),
+            archive_bytes: shard_bytes + index_bytes + provenance.len() as u64,
             n_resumed_shards,
         })
     }
