@@ -23,6 +23,7 @@ use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Display;
 use std::hint::black_box;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -43,6 +44,10 @@ const ENCODE_MAX_WEIGHTS: usize = 1 << 24;
 /// The largest error of a product that passes, relative to a row's norm times the activations' rms. Activations of 16
 /// bits make errors of about 3e-5, and of 2e-4 in the worst of many rows.
 const PRODUCT_TOLERANCE: f64 = 5e-4;
+/// Rows of a call to a decoder: their codes stay in the caches, and a decoder may work on two row blocks at once.
+const DECODE_ROWS: usize = 2 * BLOCK_ROWS;
+/// Weights of a matrix that are verified.
+const VERIFY_MAX_WEIGHTS: usize = 1 << 24;
 /// Positions of the caches that generation is measured with.
 const GENERATE_CAPACITY: usize = 256;
 
@@ -277,10 +282,14 @@ impl Bench {
         });
         Ok(Self {
             operands: operands.collect(),
-            bf16: copies(workload.matrices.iter().map(|m| plain_bf16(m, m.data.clone())).collect(), n_copies, |i, _| {
-                let matrix = &workload.matrices[i];
-                plain_bf16(matrix, Bytes::copy_from_slice(&matrix.data))
-            }),
+            bf16: copies(
+                workload.matrices.iter().map(|m| plain_bf16(m, m.data.clone())).collect(),
+                n_copies,
+                |i, _| {
+                    let matrix = &workload.matrices[i];
+                    plain_bf16(matrix, Bytes::copy_from_slice(&matrix.data))
+                },
+            ),
             int8: copies(int8, n_copies, |_, matrix| matrix.clone()),
             encoded,
             zstd,
@@ -325,9 +334,8 @@ impl Bench {
     fn decode<'a>(&'a self, encoded: &'a Encoded, cpu: Cpu) -> Work<'a> {
         Box::new(move |task, scratch| {
             let tensor = &encoded.matrices[task.matrix];
-            // Two row blocks at a time, which stay in the caches and let a decoder work on both.
-            for row in task.rows.clone().step_by(2 * BLOCK_ROWS) {
-                let rows = row..task.rows.end.min(row + 2 * BLOCK_ROWS);
+            for row in task.rows.clone().step_by(DECODE_ROWS) {
+                let rows = row..task.rows.end.min(row + DECODE_ROWS);
                 let n_codes = rows.len() * tensor.n_cols();
                 let codes = if encoded.format == Format::Bf16 {
                     CodesMut::U16(room(&mut scratch.wide_codes, n_codes))
@@ -340,6 +348,12 @@ impl Bench {
         })
     }
 
+    /// Rows of matrix `m` that are verified: all, or what keeps the slow reference within seconds.
+    fn verified_rows(&self, m: usize) -> Range<usize> {
+        let Matrix { n_rows, n_cols, .. } = self.workload.matrices[m];
+        0..n_rows.min(VERIFY_MAX_WEIGHTS.div_ceil(n_cols).next_multiple_of(BLOCK_ROWS))
+    }
+
     /// Compares every decoder and every product with its reference, on the first matrix of each shape. Returns what was
     /// proven, in words.
     fn verify(&self) -> Result<Vec<String>> {
@@ -350,18 +364,19 @@ impl Bench {
         for encoded in &self.encoded {
             for &m in &shapes {
                 let tensor = &encoded.matrices[m];
-                let expected = tensor.decode_codes(Cpu::Scalar)?;
+                let rows = self.verified_rows(m);
+                let expected = decode(tensor, Cpu::Scalar, rows.clone())?;
                 for cpu in Cpu::available() {
-                    if tensor.decode_codes(cpu)? != expected {
-                        return Err(self.failed(
-                            m,
-                            encoded.format,
-                            &format!("the {cpu} decoder and the scalar one disagree"),
-                        ));
+                    if decode(tensor, cpu, rows.clone())? != expected {
+                        let problem = format!("the {cpu} decoder and the scalar one disagree");
+                        return Err(self.failed(m, encoded.format, &problem));
                     }
                 }
             }
-            checks.push(format!("{}: the decoders ({levels}) agree code for code", encoded.format));
+            checks.push(format!(
+                "{}: the decoders ({levels}) agree code for code, on up to 16 M weights of every shape",
+                encoded.format
+            ));
         }
         for (frame, n_codes) in &self.zstd {
             if zstd::bulk::decompress(frame, *n_codes)?.len() != *n_codes {
@@ -378,8 +393,9 @@ impl Bench {
             worst = worst.max(self.check_product(m, "plain INT8", &self.matvec_int8(), &int8)?);
             for encoded in &self.encoded {
                 let tensor = &encoded.matrices[m];
-                let mut values = vec![0.0f32; matrix.n_weights()];
-                tensor.decode_rows(Cpu::Scalar, 0..matrix.n_rows, &mut values)?;
+                let rows = self.verified_rows(m);
+                let mut values = vec![0.0f32; rows.len() * matrix.n_cols];
+                tensor.decode_rows(Cpu::Scalar, rows, &mut values)?;
                 let name = format!("encoded {}", encoded.format);
                 worst = worst.max(self.check_product(m, &name, &self.matvec_encoded(encoded), &values)?);
             }
@@ -401,13 +417,13 @@ impl Bench {
         .into()
     }
 
-    /// The largest error of a product of matrix `m`, relative to a row's norm times the activations' rms.
+    /// The largest error of the product `work` of matrix `m`, whose first rows are `weights`, relative to a row's norm times the activations' rms.
     fn check_product(&self, m: usize, form: &str, work: &Work<'_>, weights: &[f32]) -> Result<f64> {
-        let Matrix { n_rows, n_cols, .. } = self.workload.matrices[m];
+        let n_cols = self.workload.matrices[m].n_cols;
         let x = self.operands[&n_cols].operand.token(0);
         let x_rms = (x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n_cols as f64).sqrt();
         let mut scratch = Scratch::default();
-        work(&Task { matrix: m, rows: 0..n_rows }, &mut scratch)?;
+        work(&Task { matrix: m, rows: self.verified_rows(m) }, &mut scratch)?;
         let errors = weights.par_chunks(n_cols).zip(&scratch.y).map(|(row, &found)| {
             let dot: f64 = row.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
             let norm = row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt();
@@ -425,6 +441,30 @@ impl Bench {
         }
         Ok(worst)
     }
+}
+
+/// The codes of a run of rows, through the call that is measured, on all threads.
+fn decode(tensor: &EncodedTensor, cpu: Cpu, rows: Range<usize>) -> Result<Codes<'static>> {
+    fn all<T: Clone + Default + Send>(
+        rows: Range<usize>,
+        n_cols: usize,
+        decode: impl Fn(Range<usize>, &mut [T]) -> codecllm_codec::Result<()> + Sync,
+    ) -> Result<Vec<T>> {
+        let mut codes = vec![T::default(); rows.len() * n_cols];
+        codes.par_chunks_mut(DECODE_ROWS * n_cols).enumerate().try_for_each(|(i, codes)| {
+            let start = rows.start + i * DECODE_ROWS;
+            decode(start..start + codes.len() / n_cols, codes)
+        })?;
+        Ok(codes)
+    }
+    let n_cols = tensor.n_cols();
+    Ok(if tensor.format() == Format::Bf16 {
+        let codes = all(rows, n_cols, |rows, codes| tensor.decode_codes_into(cpu, rows, CodesMut::U16(codes)))?;
+        Codes::U16(codes.into())
+    } else {
+        let codes = all(rows, n_cols, |rows, codes| tensor.decode_codes_into(cpu, rows, CodesMut::U8(codes)))?;
+        Codes::U8(codes.into())
+    })
 }
 
 /// The first `len` elements of a thread's own buffer, which grows when it has to.
@@ -633,7 +673,8 @@ impl Bench {
                 peer: peer("encode.zstd"),
                 ..Contender::new(&format!("encode.{}", encoded.format), team, "weights/s", move |seconds| {
                     repeat(seconds, matrix.n_weights(), || {
-                        team.pool.install(|| Ok(drop(black_box(encode_tensor(&tensor, &options)?))))
+                        black_box(team.pool.install(|| encode_tensor(&tensor, &options))?);
+                        Ok(())
                     })
                 })
             });
@@ -642,7 +683,10 @@ impl Bench {
             bytes_per_unit: 1.0,
             peer: peer("encode.zstd"),
             ..Contender::new("encode.zstd", team, "weights/s", move |seconds| {
-                repeat(seconds, codes.len(), || team.pool.install(|| Ok(drop(black_box(zstd_frames(&codes)?)))))
+                repeat(seconds, codes.len(), || {
+                    black_box(team.pool.install(|| zstd_frames(&codes))?);
+                    Ok(())
+                })
             })
         });
         Ok(())
@@ -841,5 +885,43 @@ fn print_table(report: &Report) {
             m.ratio,
             m.ratio_to
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_are_parsed_or_explained() {
+        assert_eq!(parse_shape("5632x2048"), Ok((5632, 2048)));
+        for bad in ["", "5632", "0x1", "1x", "-1x2", "1x2x3", "99999999x1"] {
+            assert!(parse_shape(bad).unwrap_err().contains("ROWSxCOLS"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_small_bench_verifies_measures_and_compares() {
+        // Rows and columns that fill no block, and no cache to defeat.
+        let workload = Workload::of_shape(70, 100, 1, 0);
+        let bench = Bench::new(workload, Format::ALL, Cpu::detect(), 2, 1).unwrap();
+        assert_eq!(bench.verify().unwrap().len(), Format::ALL.len() + 1);
+        let results = bench.measure(1e-4, 2, 1 << 20).unwrap();
+        for name in ["memory.read", "matvec.bf16", "matvec.int8", "matvec.encoded.bf16", "decode.int8.scalar"] {
+            let threads: Vec<_> = results.iter().filter(|m| m.name == name).map(|m| m.threads).collect();
+            assert_eq!(threads, [1, 2], "{name}");
+        }
+        assert!(results.iter().all(|m| m.value > 0.0 && m.ratio > 0.0 && m.ratio.is_finite()));
+    }
+
+    #[test]
+    fn a_wrong_product_is_found() {
+        let workload = Workload::of_shape(64, 64, 1, 0);
+        let mut bench = Bench::new(workload, &[Format::Int8], Cpu::detect(), 1, 1).unwrap();
+        let mut data = bench.workload.matrices[0].data.to_vec();
+        data[101] ^= 0x80;
+        bench.bf16[0] = plain_bf16(&bench.workload.matrices[0], data.into());
+        let problem = bench.verify().unwrap_err().to_string();
+        assert!(problem.contains("64x64") && problem.contains("BF16"), "{problem}");
     }
 }

@@ -13,11 +13,11 @@ use safetensors::SafeTensors;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// The largest difference of a logit, relative to the rms of the reference's logits, with plain weights. Leaving out any
+/// The largest difference of a logit, relative to the rms of the reference's logits. Leaving out any
 /// feature of the small models makes a difference above 0.02 (`scripts/reference.py` asserts it).
 const TOLERANCE: f32 = 1e-4;
-/// The same with encoded weights, whose `int8` products round activations to 16 bits.
-const TOLERANCE_ENCODED: f32 = 2e-3;
+/// The same for `int8`, whose products round activations to 16 bits.
+const TOLERANCE_INT8: f32 = 2e-3;
 
 /// One prompt's reference. `n` tokens; the layout is described in `scripts/reference.py`.
 struct Prompt {
@@ -177,25 +177,33 @@ impl TensorSource for Decoded<'_> {
     }
 }
 
-/// Checks the model in `dir` as it is, and with its matrices encoded without loss.
-fn check_model(name: &str, dir: &Path) {
-    let checkpoint = Checkpoint::open(dir).unwrap();
+/// Checks the model in `dir` as it is, at every level.
+fn check_plain(name: &str, dir: &Path) {
     for cpu in Cpu::available() {
         check(name, cpu.name(), &Model::load(dir, &options(cpu)).unwrap(), TOLERANCE);
-        for coder in [Coder::Rans, Coder::Zstd] {
-            let lossless = EncodeOptions { format: Format::Bf16, coder, ..EncodeOptions::default() };
-            let source = Encoded { source: &checkpoint, options: lossless };
-            let model = Model::from_source(Config::open(dir).unwrap(), &source, &options(cpu)).unwrap();
-            check(name, &format!("{cpu}, encoded bf16 ({coder})"), &model, TOLERANCE);
-        }
     }
+}
+
+/// Checks it with its matrices encoded without loss.
+fn check_lossless(name: &str, dir: &Path, cpu: Cpu, coder: Coder) {
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let lossless = EncodeOptions { format: Format::Bf16, coder, ..EncodeOptions::default() };
+    let source = Encoded { source: &checkpoint, options: lossless };
+    let model = Model::from_source(Config::open(dir).unwrap(), &source, &options(cpu)).unwrap();
+    check(name, &format!("{cpu}, encoded bf16 ({coder})"), &model, TOLERANCE);
 }
 
 macro_rules! tiny_models {
     ($($test:ident = $name:literal),+ $(,)?) => {
         $(#[test]
         fn $test() {
-            check_model($name, &data_dir().join($name));
+            let dir = data_dir().join($name);
+            check_plain($name, &dir);
+            for cpu in Cpu::available() {
+                for coder in [Coder::Rans, Coder::Zstd] {
+                    check_lossless($name, &dir, cpu, coder);
+                }
+            }
         })+
 
         const TINY: &[&str] = &[$($name),+];
@@ -219,7 +227,7 @@ fn products_from_codes_agree_with_the_decoded_weights() {
         let dir = data_dir().join(name);
         let checkpoint = Checkpoint::open(&dir).unwrap();
         let tokens = &read_prompts(name)[0].tokens;
-        for format in [Format::Int8, Format::Fp8] {
+        for (format, tolerance) in [(Format::Int8, TOLERANCE_INT8), (Format::Fp8, TOLERANCE)] {
             let source =
                 || Encoded { source: &checkpoint, options: EncodeOptions { format, ..EncodeOptions::default() } };
             let config = || Config::open(&dir).unwrap();
@@ -231,7 +239,7 @@ fn products_from_codes_agree_with_the_decoded_weights() {
                 let worst =
                     found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / rms(&expected);
                 println!("{name}, {format}, {cpu}: largest difference {worst:.1e} of the logits' rms");
-                assert!(worst <= TOLERANCE_ENCODED, "{name}, {format}, {cpu}: logits differ by {worst} of their rms");
+                assert!(worst <= tolerance, "{name}, {format}, {cpu}: logits differ by {worst} of their rms");
             }
         }
     }
@@ -254,7 +262,8 @@ fn check_trained(name: &str) {
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared"), PathBuf::from);
     let dir = shared.join("models").join(name);
     if dir.is_dir() {
-        return check_model(name, &dir);
+        check_plain(name, &dir);
+        return check_lossless(name, &dir, Cpu::detect(), Coder::Rans);
     }
     let absent = format!("no {}; set CODECLLM_SHARED to the folder that holds models/{name}", dir.display());
     assert!(std::env::var_os("CI").is_none(), "{absent}");

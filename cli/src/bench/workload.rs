@@ -150,8 +150,11 @@ impl Workload {
             data: weights.draw(head as u64, n_rows, n_cols),
         });
 
-        let mut title =
-            format!("{} layers of {} weights and the head, drawn from seed {seed}", config.n_layers, layer_weights);
+        let mut title = format!(
+            "{} layers of {:.1} M weights and the head, drawn from seed {seed}",
+            config.n_layers,
+            layer_weights as f64 / 1e6
+        );
         if n_layers < config.n_layers {
             title += &format!("; {n_layers} layers are in memory and are run in turn for the others");
         }
@@ -189,7 +192,7 @@ impl Workload {
         let mut others = HashMap::new();
         for name in checkpoint.names() {
             if matrices.iter().all(|m| m.name != *name) {
-                others.insert(name.to_string(), checkpoint.tensor(&name)?);
+                others.insert(name.to_string(), checkpoint.tensor(name)?);
             }
         }
         let kinds = [(config.n_layers, layers), (1, vec![vec![head]])];
