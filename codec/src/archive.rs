@@ -1,1 +1,90 @@
-//! archive
+//! Archives: a compressed checkpoint as a directory in Hugging Face layout.
+//!
+//! [`compress`] makes one from a checkpoint, [`verify`] proves it, [`inspect`] says where its bytes go. The tensors lie in
+//! safetensors shards under their own names, so that [`Checkpoint`](crate::Checkpoint) opens an archive as it opens
+//! what it was made from; `codecllm.json` ([`Provenance`]) says what that was and holds a hash of every file.
+
+mod compress;
+mod inspect;
+mod layers;
+mod partial;
+mod provenance;
+mod shard;
+mod verify;
+
+pub use compress::{CompressOptions, Summary, compress};
+pub use inspect::{BitsSplit, CoderParams, EncodedTotal, Inspection, TensorReport, Total, inspect};
+pub use layers::Layers;
+pub use partial::partial_path;
+pub use provenance::{FileRecord, PROVENANCE_FILE, Provenance, Settings};
+pub use verify::{Check, Report, Status, verify};
+
+use crate::checkpoint::{CONFIG_FILE, INDEX_FILE};
+use crate::error::{Error, Result};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// What a caller is told while an archive is made or read, and how it asks for an early end.
+pub trait Progress: Sync {
+    /// Work on `total_bytes` bytes of tensors begins.
+    fn begin(&self, total_bytes: u64) {
+        let _ = total_bytes;
+    }
+
+    /// Work on a tensor begins.
+    fn tensor(&self, name: &str) {
+        let _ = name;
+    }
+
+    /// Another `bytes` of the total are done.
+    fn advance(&self, bytes: u64) {
+        let _ = bytes;
+    }
+
+    /// Something that the user should know.
+    fn note(&self, text: &str) {
+        let _ = text;
+    }
+
+    /// Whether to end with [`Error::Interrupted`] before the next tensor.
+    fn is_stopped(&self) -> bool {
+        false
+    }
+}
+
+/// Reports nothing and never stops.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Progress for Silent {}
+
+fn check_stopped(progress: &dyn Progress) -> Result<()> {
+    if progress.is_stopped() { Err(Error::Interrupted) } else { Ok(()) }
+}
+
+/// `config.json` of a model; none where there is none.
+fn read_config(dir: &Path) -> Result<Option<Map<String, Value>>> {
+    let path = dir.join(CONFIG_FILE);
+    match std::fs::read(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(path, e)),
+        Ok(text) => serde_json::from_slice(&text)
+            .map(Some)
+            .map_err(|e| Error::format(path.display().to_string(), format!("not a JSON object: {e}"))),
+    }
+}
+
+/// Whether `name` is a file that goes with a model besides weights and configuration, and that [`compress`] copies: the
+/// tokenizer's files, generation settings, chat templates, model code, licences and README-like files.
+pub fn is_companion(name: &str) -> bool {
+    const EXTENSIONS: [&str; 8] = ["json", "jsonl", "jinja", "md", "model", "py", "tiktoken", "txt"];
+    const TITLES: [&str; 5] = ["COPYING", "LICENCE", "LICENSE", "NOTICE", "README"];
+    let is_own = [CONFIG_FILE, INDEX_FILE, PROVENANCE_FILE].contains(&name);
+    let is_index = name.ends_with(".index.json");
+    let extension = Path::new(name).extension().and_then(|e| e.to_str()).unwrap_or_default();
+    let title = name.to_ascii_uppercase();
+    !is_own
+        && !is_index
+        && !name.starts_with('.')
+        && (EXTENSIONS.contains(&extension) || TITLES.iter().any(|t| title.starts_with(t)))
+}

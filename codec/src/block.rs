@@ -275,25 +275,25 @@ pub fn decode_block(
     for x in &mut x {
         *x = next_word()? << 16;
     }
+    let fields: Vec<RawField> = raw_fields(params.raw_bits).collect();
+    let to_top = 32 - params.table_bits;
     let n_steps = n_cols.div_ceil(parts_per_symbol);
     for step in 0..n_steps {
         for lane in 0..BLOCK_ROWS {
-            let t = transitions[(x[lane] >> (32 - params.table_bits)) as usize];
-            for g in 0..parts_per_symbol {
-                let col = step * parts_per_symbol + g;
-                if col < n_cols {
-                    let part = u32::from(t.symbol) >> (g as u32 * params.part_bits) & part_mask;
-                    codes[lane * n_cols + col] = join(format, params, part, raw_bits(block.raw, params, lane, col));
-                }
+            let slot = x[lane] >> to_top;
+            let t = transitions[slot as usize];
+            let first = step * parts_per_symbol;
+            let row = &mut codes[lane * n_cols..][first..n_cols.min(first + parts_per_symbol)];
+            for (g, code) in row.iter_mut().enumerate() {
+                let part = u32::from(t.symbol) >> (g as u32 * params.part_bits) & part_mask;
+                *code = join(format, params, part, raw_bits(block.raw, params, &fields, lane, first + g));
             }
             if step + 1 == n_steps {
                 continue; // the last symbol leads nowhere
             }
-            // The bits that wait move up behind the new state's base.
-            let waiting = (u64::from(x[lane]) << params.table_bits) as u32;
-            let bits = (u64::from(waiting) << t.n_bits >> 32) as u32;
-            let rest = (u64::from(waiting) << t.n_bits) as u32;
-            x[lane] = (u32::from(t.base) + bits) << (32 - params.table_bits) | rest >> params.table_bits;
+            // The next state is the base plus the bits read: the shift brings those up, behind what is left of the slot.
+            let left = slot << t.n_bits;
+            x[lane] = (x[lane] << t.n_bits).wrapping_add(u32::from(t.base).wrapping_sub(left) << to_top);
 
             let before = position[lane];
             position[lane] += u32::from(t.n_bits);
@@ -312,9 +312,10 @@ pub fn decode_block(
 }
 
 /// The raw bits of one weight (section 6).
-fn raw_bits(raw: &[u8], params: &Params, lane: usize, col: usize) -> u32 {
+#[inline(always)]
+fn raw_bits(raw: &[u8], params: &Params, fields: &[RawField], lane: usize, col: usize) -> u32 {
     let (unit, quad, byte) = (col / UNIT_COLS, (col % UNIT_COLS / 4) as u32, col % 4);
-    raw_fields(params.raw_bits).fold(0, |bits, field| {
+    fields.iter().fold(0, |bits, field| {
         let word = (field.first_word + quad * field.width / 8) as usize;
         let at = 4 * ((unit * params.raw_bits as usize + word) * BLOCK_ROWS + lane) + byte;
         let value = u32::from(raw[at]) >> (quad * field.width % 8) & ((1 << field.width) - 1);

@@ -8,8 +8,9 @@ use crate::cpu::Cpu;
 use crate::entropy::{FrequencyTable, TableChoice, Transition, choose_table};
 use crate::error::{Error, Result};
 use crate::format::{Coder, Format, ScaleMode};
+use crate::product::decode_dense;
 use crate::quantize::{Codes, Scales, code_value, matrix_shape, quantize, scale_of};
-use crate::simd::Plan;
+use crate::simd::{Plan, Quads};
 use bytes::Bytes;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -383,13 +384,19 @@ impl DecodeTables {
 }
 
 /// An encoded tensor, validated. Cloning is cheap.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct EncodedTensor {
     data: Bytes,
     header: Header,
     sections: Sections,
     /// None with zstd.
     tables: Option<Arc<DecodeTables>>,
+}
+
+impl std::fmt::Debug for EncodedTensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EncodedTensor").field("header", &self.header).finish_non_exhaustive()
+    }
 }
 
 impl EncodedTensor {
@@ -647,11 +654,11 @@ impl EncodedTensor {
     fn decode_row_block<T: CodeType>(&self, cpu: Cpu, i: usize, out: &mut [T]) -> Result<()> {
         let geometry = self.geometry();
         let n_rows = geometry.rows(i).len();
-        let mut codes = Vec::new();
+        let (mut codes, mut quads) = (Vec::new(), Quads::default());
         for j in 0..geometry.n_col_blocks() {
             let cols = geometry.cols(j);
             if cpu != Cpu::Scalar {
-                T::decode_fast(self, cpu, i, j, out)?;
+                decode_dense(self, cpu, i, j, &mut quads, out)?;
                 continue;
             }
             codes.resize(BLOCK_ROWS * cols.len(), 0u16);
@@ -683,6 +690,43 @@ impl EncodedTensor {
             Format::Bf16 => Codes::U16(Cow::Owned(self.codes_of_rows::<u16>(cpu, rows)?)),
             Format::Fp8 | Format::Int8 => Codes::U8(Cow::Owned(self.codes_of_rows::<u8>(cpu, rows)?)),
         })
+    }
+
+    /// The codes of a run of row blocks into the caller's buffer, on this thread alone.
+    ///
+    /// # Errors
+    /// Rows that do not begin at a multiple of 32 or leave the matrix, a buffer of another size or width, a payload that
+    /// does not decode.
+    pub fn decode_codes_into(&self, cpu: Cpu, rows: Range<usize>, out: CodesMut<'_>) -> Result<()> {
+        match (self.header.format, out) {
+            (Format::Bf16, CodesMut::U16(out)) => self.codes_into(cpu, rows, out),
+            (Format::Fp8 | Format::Int8, CodesMut::U8(out)) => self.codes_into(cpu, rows, out),
+            (format, _) => Err(Error::Parameter(format!(
+                "codes of `{format}` have {} bits; the buffer's differ",
+                format.code_bits()
+            ))),
+        }
+    }
+
+    fn codes_into<T: CodeType>(&self, cpu: Cpu, rows: Range<usize>, out: &mut [T]) -> Result<()> {
+        let n_cols = self.n_cols();
+        let ends_well = rows.end == self.n_rows() || rows.end.is_multiple_of(BLOCK_ROWS);
+        if !rows.start.is_multiple_of(BLOCK_ROWS) || !ends_well || rows.end > self.n_rows() || rows.start > rows.end {
+            return Err(Error::Parameter(format!(
+                "rows {rows:?} are no row blocks of a matrix of {} rows",
+                self.n_rows()
+            )));
+        }
+        if out.len() != rows.len() * n_cols {
+            return Err(Error::Parameter(format!("rows {rows:?} of {n_cols} codes do not fit {} codes", out.len())));
+        }
+        if self.header.coder == Coder::Zstd {
+            out.copy_from_slice(&self.zstd_codes(rows)?);
+            return Ok(());
+        }
+        let first_block = rows.start / BLOCK_ROWS;
+        let mut blocks = out.chunks_mut(BLOCK_ROWS * n_cols).enumerate();
+        blocks.try_for_each(|(i, out)| self.decode_row_block(cpu, first_block + i, out))
     }
 
     /// The codes of a run of rows.
@@ -787,23 +831,41 @@ impl EncodedTensor {
     }
 }
 
+/// A caller's buffer for codes, row-major.
+#[derive(Debug)]
+pub enum CodesMut<'a> {
+    /// `fp8` and `int8`.
+    U8(&'a mut [u8]),
+    /// `bf16`.
+    U16(&'a mut [u16]),
+}
+
 /// The two integers that codes are kept in.
 pub(crate) trait CodeType: Copy + Default + Send + Sync + Into<u16> {
     fn from_code(code: u16) -> Self;
     fn from_bytes(bytes: &[u8]) -> Self;
-    /// Block (i, j) into its place in the row block `out`, by a SIMD decoder.
-    fn decode_fast(t: &EncodedTensor, cpu: Cpu, i: usize, j: usize, out: &mut [Self]) -> Result<()>;
+    /// One row of decoded quads, with the bias added.
+    fn read_row(quads: &Quads, row: usize, bias: u16, out: &mut [Self]);
 }
 
 impl CodeType for u8 {
     fn from_code(code: u16) -> Self {
         code as u8
     }
+
     fn from_bytes(bytes: &[u8]) -> Self {
         bytes[0]
     }
-    fn decode_fast(t: &EncodedTensor, cpu: Cpu, i: usize, j: usize, out: &mut [Self]) -> Result<()> {
-        crate::product::decode_dense(t, cpu, i, j, out)
+
+    fn read_row(quads: &Quads, row: usize, bias: u16, out: &mut [Self]) {
+        let (whole, rest) = out.as_chunks_mut::<4>();
+        whole.iter_mut().zip(&quads.low).for_each(|(o, quad)| *o = quad[row]);
+        if let Some(quad) = quads.low.get(whole.len()) {
+            rest.iter_mut().zip(quad[row]).for_each(|(o, code)| *o = code);
+        }
+        if bias != 0 {
+            out.iter_mut().for_each(|o| *o = o.wrapping_add(bias as u8));
+        }
     }
 }
 
@@ -811,11 +873,17 @@ impl CodeType for u16 {
     fn from_code(code: u16) -> Self {
         code
     }
+
     fn from_bytes(bytes: &[u8]) -> Self {
         u16::from_le_bytes([bytes[0], bytes[1]])
     }
-    fn decode_fast(t: &EncodedTensor, cpu: Cpu, i: usize, j: usize, out: &mut [Self]) -> Result<()> {
-        crate::product::decode_dense(t, cpu, i, j, out)
+
+    fn read_row(quads: &Quads, row: usize, bias: u16, out: &mut [Self]) {
+        for (out, (low, high)) in out.chunks_mut(4).zip(quads.low.iter().zip(&quads.high)) {
+            for (o, bytes) in out.iter_mut().zip(low[row].into_iter().zip(high[row])) {
+                *o = u16::from_le_bytes(bytes.into()).wrapping_add(bias);
+            }
+        }
     }
 }
 
@@ -843,6 +911,19 @@ fn metadata_checksum(metadata: &[u8]) -> u64 {
 /// # Errors
 /// A tensor that is not a non-empty matrix of BF16, F16 or F32; a weight that the format cannot hold.
 pub fn encode_tensor(t: &Tensor, options: &EncodeOptions) -> Result<Vec<u8>> {
+    encode(t, options, None)
+}
+
+/// [`encode_tensor`] with coder `rans` and parameters that the caller chose.
+///
+/// # Errors
+/// Also parameters that break the format's rules.
+pub fn encode_with_params(t: &Tensor, format: Format, scale: ScaleMode, params: Params) -> Result<Vec<u8>> {
+    params.validate(format)?;
+    encode(t, &EncodeOptions { format, scale, ..Default::default() }, Some(params))
+}
+
+fn encode(t: &Tensor, options: &EncodeOptions, params: Option<Params>) -> Result<Vec<u8>> {
     let q = quantize(t, options.format, options.scale)?;
     let (n_rows, n_cols) = matrix_shape(t)?;
     let header = Header {
@@ -871,8 +952,8 @@ pub fn encode_tensor(t: &Tensor, options: &EncodeOptions) -> Result<Vec<u8>> {
             let bytes: Vec<u8> = codes.iter().flat_map(|c| c.to_le_bytes()).collect();
             encode_zstd(header, &scales, &bytes)
         }
-        (Coder::Rans, Codes::U8(codes)) => encode_rans(header, &scales, codes, options.prefer),
-        (Coder::Rans, Codes::U16(codes)) => encode_rans(header, &scales, codes, options.prefer),
+        (Coder::Rans, Codes::U8(codes)) => encode_rans(header, &scales, codes, options.prefer, params),
+        (Coder::Rans, Codes::U16(codes)) => encode_rans(header, &scales, codes, options.prefer, params),
     }
 }
 
@@ -891,9 +972,15 @@ fn encode_zstd(mut header: Header, scales: &[u8], codes: &[u8]) -> Result<Vec<u8
     assemble(header, |s| vec![(s.scales.start, scales), (s.offsets.start, &offsets)], &[], frames.into_iter())
 }
 
-fn encode_rans<T: CodeType>(mut header: Header, scales: &[u8], codes: Cow<'_, [T]>, prefer: Prefer) -> Result<Vec<u8>> {
+fn encode_rans<T: CodeType>(
+    mut header: Header,
+    scales: &[u8],
+    codes: Cow<'_, [T]>,
+    prefer: Prefer,
+    params: Option<Params>,
+) -> Result<Vec<u8>> {
     let (format, n_cols) = (header.format, header.n_cols);
-    let params = choose_params(format, &codes, header.n_rows, n_cols, prefer);
+    let params = params.unwrap_or_else(|| choose_params(format, &codes, header.n_rows, n_cols, prefer));
     let split = SplitTable::new(format, &params);
     let choice = tabulate(&codes, n_cols, &params, &split, 1).1;
     header.params = params;

@@ -56,14 +56,17 @@ impl Error {
         Self::Unsupported { what: what.into(), problem: problem.into() }
     }
 
-    /// The same error, with `name` put before its subject (a tensor's name, say).
+    /// The same error, with the tensor's name put before its subject.
     pub fn in_tensor(self, name: &str) -> Self {
+        self.within(format_args!("tensor `{name}`"))
+    }
+
+    /// The same error, with `place` (a file, say) put before its subject.
+    pub fn within(self, place: impl std::fmt::Display) -> Self {
         match self {
-            Self::Format { what, problem } => Self::Format { what: format!("tensor `{name}`: {what}"), problem },
-            Self::Unsupported { what, problem } => {
-                Self::Unsupported { what: format!("tensor `{name}`: {what}"), problem }
-            }
-            Self::Parameter(problem) => Self::Parameter(format!("tensor `{name}`: {problem}")),
+            Self::Format { what, problem } => Self::Format { what: format!("{place}: {what}"), problem },
+            Self::Unsupported { what, problem } => Self::Unsupported { what: format!("{place}: {what}"), problem },
+            Self::Parameter(problem) => Self::Parameter(format!("{place}: {problem}")),
             other => other,
         }
     }

@@ -452,21 +452,20 @@ fn eight<T>(items: &mut [T]) -> [&mut T; 8] {
 }
 
 /// Block (i, j) of `t` into its place in the row block `out` (rows × n_cols), by a SIMD decoder.
-pub(crate) fn decode_dense<T: CodeType>(t: &EncodedTensor, cpu: Cpu, i: usize, j: usize, out: &mut [T]) -> Result<()> {
+pub(crate) fn decode_dense<T: CodeType>(
+    t: &EncodedTensor,
+    cpu: Cpu,
+    i: usize,
+    j: usize,
+    quads: &mut Quads,
+    out: &mut [T],
+) -> Result<()> {
     let (geometry, block) = (t.geometry(), t.block(i, j));
     let cols = geometry.cols(j);
-    let mut quads = Quads::default();
-    t.decode_quads(cpu, &block, &mut quads)?;
-    let bias = geometry.params.bias as u16;
+    t.decode_quads(cpu, &block, quads)?;
     for row in 0..geometry.rows(i).len() {
         let out = &mut out[row * geometry.n_cols..][cols.clone()];
-        for (q, out) in out.chunks_mut(4).enumerate() {
-            let low = quads.low[q][row];
-            let high = quads.high.get(q).map_or([0; 4], |h| h[row]);
-            out.iter_mut().enumerate().for_each(|(c, o)| {
-                *o = T::from_code(u16::from_le_bytes([low[c], high[c]]).wrapping_add(bias));
-            });
-        }
+        T::read_row(quads, row, geometry.params.bias as u16, out);
     }
     for patch in block.patches() {
         out[patch.row() * geometry.n_cols + cols.start + patch.col()] = T::from_code(patch.code());

@@ -28,7 +28,7 @@ pub struct LoadOptions {
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { cpu: Cpu::detect(), threads: 0, check: Checks::Metadata }
+        Self { cpu: Cpu::detect(), threads: 0, check: Checks::Full }
     }
 }
 
@@ -338,5 +338,134 @@ impl<B: Backend> Upload<'_, B> {
             matrix: self.matrix(&format!("{name}.weight"), n_rows, n_cols)?,
             bias: if has_bias { Some(self.vector(&format!("{name}.bias"), n_rows)?) } else { None },
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use codecllm_codec::checkpoint::{Dtype, Tensor};
+    use half::bf16;
+    use rand::rngs::SmallRng;
+    use rand::{Rng, SeedableRng};
+    use std::collections::HashMap;
+
+    const CONFIG: &str = r#"{
+        "architectures": ["Qwen3ForCausalLM"], "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 300,
+        "attention_bias": true
+    }"#;
+
+    /// Random BF16 weights for `CONFIG`.
+    fn weights() -> HashMap<String, Tensor> {
+        let mut rng = SmallRng::seed_from_u64(1);
+        let mut weights = HashMap::new();
+        let mut add = |name: String, shape: &[usize]| {
+            let values = (0..shape.iter().product()).map(|_| bf16::from_f32(rng.random_range(-0.5..0.5)));
+            let data: Vec<u8> = values.flat_map(bf16::to_le_bytes).collect();
+            let tensor = Tensor { name: name.clone(), dtype: Dtype::Bf16, shape: shape.to_vec(), data: data.into() };
+            weights.insert(name, tensor);
+        };
+        for i in 0..2 {
+            let mut add = |name: &str, shape: &[usize]| add(format!("model.layers.{i}.{name}"), shape);
+            for (name, n_rows, n_cols) in [("q", 32, 32), ("k", 16, 32), ("v", 16, 32), ("o", 32, 32)] {
+                add(&format!("self_attn.{name}_proj.weight"), &[n_rows, n_cols]);
+                add(&format!("self_attn.{name}_proj.bias"), &[n_rows]);
+            }
+            for (name, n_rows, n_cols) in [("gate", 48, 32), ("up", 48, 32), ("down", 32, 48)] {
+                add(&format!("mlp.{name}_proj.weight"), &[n_rows, n_cols]);
+            }
+            for (name, len) in [
+                ("input_layernorm", 32),
+                ("post_attention_layernorm", 32),
+                ("self_attn.q_norm", 8),
+                ("self_attn.k_norm", 8),
+            ] {
+                add(&format!("{name}.weight"), &[len]);
+            }
+        }
+        add("model.embed_tokens.weight".into(), &[90, 32]);
+        add("model.norm.weight".into(), &[32]);
+        add("lm_head.weight".into(), &[90, 32]);
+        weights
+    }
+
+    fn load(weights: &HashMap<String, Tensor>) -> Result<Model> {
+        Model::from_source(Config::from_json(CONFIG)?, weights, &LoadOptions { threads: 2, ..Default::default() })
+    }
+
+    fn tokens(n: usize) -> Vec<u32> {
+        (0..n as u32).map(|i| i * 37 % 90).collect()
+    }
+
+    #[track_caller]
+    fn assert_close(a: &[f32], b: &[f32]) {
+        assert_eq!(a.len(), b.len());
+        assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4), "largest of {:?}", a.len());
+    }
+
+    #[test]
+    fn a_prompt_in_chunks_equals_its_tokens_one_by_one() {
+        let model = load(&weights()).unwrap();
+        let tokens = tokens(2 * CHUNK + 9);
+        let mut cache = model.new_cache(tokens.len()).unwrap();
+        let mut expected = Vec::new();
+        for token in &tokens {
+            expected.extend(model.forward(&[*token], &mut cache, Logits::Last).unwrap());
+        }
+        cache.reset();
+        assert_close(&model.forward(&tokens, &mut cache, Logits::All).unwrap(), &expected);
+        assert_eq!(cache.len(), tokens.len());
+
+        cache.truncate(CHUNK + 3);
+        let last = model.forward(&tokens[CHUNK + 3..], &mut cache, Logits::Last).unwrap();
+        assert_close(&last, &expected[expected.len() - 90..]);
+    }
+
+    #[test]
+    fn weight_bytes_count_every_tensor() {
+        let weights = weights();
+        let matrices = weights.values().filter(|t| t.shape.len() == 2).map(|t| t.data.len());
+        // Vectors are widened to f32.
+        let vectors = weights.values().filter(|t| t.shape.len() == 1).map(|t| 2 * t.data.len());
+        assert_eq!(load(&weights).unwrap().weight_bytes(), matrices.chain(vectors).sum::<usize>() as u64);
+    }
+
+    #[test]
+    fn requests_that_cannot_be_run_are_refused() {
+        let model = load(&weights()).unwrap();
+        let mut cache = model.new_cache(10).unwrap();
+        model.forward(&tokens(4), &mut cache, Logits::Last).unwrap();
+        let error = |tokens: &[u32], cache: &mut KvCache| {
+            let error = model.forward(tokens, cache, Logits::Last).unwrap_err().to_string();
+            assert_eq!(cache.len(), 4);
+            error
+        };
+        assert!(error(&[], &mut cache).contains("at least one"));
+        assert!(error(&[3, 90], &mut cache).contains("token 90 is not in the model's vocabulary of 90"));
+        assert!(error(&tokens(7), &mut cache).contains("11 tokens exceed the cache's capacity of 10"));
+        assert!(error(&tokens(297), &mut cache).contains("301 tokens exceed the model's context of 300"));
+        assert_eq!(model.new_cache(1000).unwrap().capacity(), 300);
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_are_named() {
+        let error = |name: &str, change: fn(&mut Tensor)| {
+            let mut weights = weights();
+            change(weights.get_mut(name).unwrap());
+            load(&weights).err().unwrap().to_string()
+        };
+        let name = "model.layers.1.mlp.up_proj.weight";
+        let found = error(name, |t| t.shape = vec![32, 48]);
+        assert!(found.contains(name) && found.contains("[32, 48]") && found.contains("[48, 32]"), "{found}");
+        assert!(error(name, |t| t.data.truncate(3000)).contains("3000 bytes"));
+        assert!(error(name, |t| t.dtype = Dtype::U8).contains("U8"));
+        let name = "model.layers.0.self_attn.q_norm.weight";
+        assert!(error(name, |t| t.shape = vec![4, 2]).contains("[8]"));
+
+        let mut weights = weights();
+        weights.remove("lm_head.weight");
+        let found = load(&weights).err().unwrap().to_string();
+        assert!(found.contains("lm_head.weight") && found.contains("missing"), "{found}");
     }
 }

@@ -177,31 +177,29 @@ unsafe fn run<const N: usize, const G: usize, S: Sink>(
                                 if lanes[n].next > ends[n] {
                                     return false;
                                 }
-                                entry[n][step] = if steps_left == 0 {
-                                    [0, 1].map(|half| lanes[n].last(&c, entries.as_ptr(), half))
+                                if steps_left == 0 {
+                                    entry[n][step][0] = lanes[n].last(&c, entries.as_ptr(), 0);
+                                    entry[n][step][1] = lanes[n].last(&c, entries.as_ptr(), 1);
                                 } else {
-                                    [0, 1].map(|half| lanes[n].step(&c, entries.as_ptr(), half))
-                                };
+                                    entry[n][step][0] = lanes[n].step(&c, entries.as_ptr(), 0);
+                                    entry[n][step][1] = lanes[n].step(&c, entries.as_ptr(), 1);
+                                }
                             }
                         }
                     }
                     for n in 0..N {
                         for half in 0..2 {
-                            let word = |f: usize| {
-                                let at = 128 * plan.words[quad][f] + 64 * half;
-                                _mm512_loadu_si512(raw[n].add(at).cast())
-                            };
                             let mut low = parts::<G>(&entry[n], half, c.low_part[quad % 2], &c.low_mask);
-                            for f in 0..plan.n_fields {
-                                let matrix = _mm512_set1_epi64(plan.low[quad][f] as i64);
-                                low = _mm512_xor_si512(low, _mm512_gf2p8affine_epi64_epi8::<0>(word(f), matrix));
-                            }
                             let mut high = _mm512_setzero_si512();
                             if S::WIDE {
                                 high = parts::<G>(&entry[n], half, c.high_part[quad % 2], &c.high_mask);
-                                for f in 0..plan.n_fields {
-                                    let matrix = _mm512_set1_epi64(plan.high[quad][f] as i64);
-                                    high = _mm512_xor_si512(high, _mm512_gf2p8affine_epi64_epi8::<0>(word(f), matrix));
+                            }
+                            for f in 0..plan.n_fields {
+                                let at = 128 * plan.words[quad][f] + 64 * half;
+                                let word = _mm512_loadu_si512(raw[n].add(at).cast());
+                                low = _mm512_xor_si512(low, map_bits(word, plan.low[quad][f]));
+                                if S::WIDE {
+                                    high = _mm512_xor_si512(high, map_bits(word, plan.high[quad][f]));
                                 }
                             }
                             sink.quad(n, half, quad_index, low, high);
@@ -218,7 +216,15 @@ unsafe fn run<const N: usize, const G: usize, S: Sink>(
     }
 }
 
+/// A bit matrix times every byte.
+#[inline(always)]
+unsafe fn map_bits(bytes: __m512i, matrix: u64) -> __m512i {
+    // SAFETY: the caller has the features.
+    unsafe { _mm512_gf2p8affine_epi64_epi8::<0>(bytes, _mm512_set1_epi64(matrix as i64)) }
+}
+
 /// The part bits of a quad's codes.
+// The hot path is free of closures: one that is not inlined would pass registers through memory.
 #[inline(always)]
 unsafe fn parts<const G: usize>(
     entry: &[[__m512i; 2]; 4],
@@ -228,13 +234,12 @@ unsafe fn parts<const G: usize>(
 ) -> __m512i {
     // SAFETY: the caller has the features.
     unsafe {
-        let bits =
-            |step: usize| _mm512_and_si512(_mm512_multishift_epi64_epi8(offsets, entry[step][half]), masks[step]);
-        match G {
-            1 => _mm512_or_si512(_mm512_or_si512(bits(0), bits(1)), _mm512_or_si512(bits(2), bits(3))),
-            2 => _mm512_or_si512(bits(0), bits(1)),
-            _ => bits(0),
+        let mut bits = _mm512_and_si512(_mm512_multishift_epi64_epi8(offsets, entry[0][half]), masks[0]);
+        for step in 1..4 / G {
+            let moved = _mm512_multishift_epi64_epi8(offsets, entry[step][half]);
+            bits = _mm512_ternarylogic_epi32::<0xf8>(bits, moved, masks[step]); // bits | (moved & mask)
         }
+        bits
     }
 }
 
@@ -296,6 +301,13 @@ features! {
     }
 }
 
+/// Four activations in every lane.
+#[inline(always)]
+unsafe fn four(bytes: &[i8], quad: usize) -> __m512i {
+    // SAFETY: the caller's activations cover the quad.
+    unsafe { _mm512_set1_epi32(bytes.as_ptr().add(4 * quad).cast::<i32>().read_unaligned()) }
+}
+
 /// Integer dot products with activations in two signed bytes.
 struct DotInt8<'a, const N: usize> {
     bias: __m512i,
@@ -312,10 +324,9 @@ impl<const N: usize> Sink for DotInt8<'_, N> {
         // SAFETY: activations cover whole units.
         unsafe {
             let codes = _mm512_add_epi8(low, self.bias);
-            let four = |bytes: &[i8]| _mm512_set1_epi32(bytes.as_ptr().add(4 * quad).cast::<i32>().read_unaligned());
-            let [high_sum, low_sum] = &mut self.sums[n][half];
-            *high_sum = _mm512_dpbusd_epi32(*high_sum, codes, four(self.high));
-            *low_sum = _mm512_dpbusd_epi32(*low_sum, codes, four(self.low));
+            let sums = &mut self.sums[n][half];
+            sums[0] = _mm512_dpbusd_epi32(sums[0], codes, four(self.high, quad));
+            sums[1] = _mm512_dpbusd_epi32(sums[1], codes, four(self.low, quad));
         }
     }
 }
@@ -361,13 +372,15 @@ features! {
             // SAFETY: 128 bytes a quad; four activations at 4·quad, as asserted.
             unsafe {
                 let at = rows.as_ptr().cast::<u8>();
-                let codes = [0, 64].map(|half| _mm512_add_epi8(_mm512_loadu_si512(at.add(half).cast()), bias));
+                let codes = [
+                    _mm512_add_epi8(_mm512_loadu_si512(at.cast()), bias),
+                    _mm512_add_epi8(_mm512_loadu_si512(at.add(64).cast()), bias),
+                ];
                 for t in 0..TOKENS {
-                    for (part, bytes) in [high[t], low[t]].into_iter().enumerate() {
-                        let four = _mm512_set1_epi32(bytes.as_ptr().add(4 * quad).cast::<i32>().read_unaligned());
-                        for half in 0..2 {
-                            sums[t][half][part] = _mm512_dpbusd_epi32(sums[t][half][part], codes[half], four);
-                        }
+                    let (high, low) = (four(high[t], quad), four(low[t], quad));
+                    for half in 0..2 {
+                        sums[t][half][0] = _mm512_dpbusd_epi32(sums[t][half][0], codes[half], high);
+                        sums[t][half][1] = _mm512_dpbusd_epi32(sums[t][half][1], codes[half], low);
                     }
                 }
             }
@@ -429,9 +442,10 @@ impl Floats {
         // SAFETY: the caller has the features.
         unsafe {
             let code = _mm512_add_epi8(low, self.bias);
-            let look_up = |t: [__m512i; 2]| _mm512_permutex2var_epi8(t[0], code, t[1]); // looks at 7 bits of the code
-            let sign = _mm512_and_si512(code, _mm512_set1_epi8(-128));
-            (look_up(self.e4m3[0]), _mm512_or_si512(look_up(self.e4m3[1]), sign))
+            // The look-ups take 7 bits of the code.
+            let low = _mm512_permutex2var_epi8(self.e4m3[0][0], code, self.e4m3[0][1]);
+            let high = _mm512_permutex2var_epi8(self.e4m3[1][0], code, self.e4m3[1][1]);
+            (low, _mm512_or_si512(high, _mm512_and_si512(code, _mm512_set1_epi8(-128))))
         }
     }
 
@@ -531,9 +545,12 @@ features! {
         assert!(x.iter().all(|x| x.len() >= values.len()));
         // SAFETY: 32 rows a column, and an activation for every column, as asserted.
         unsafe {
-            let mut acc: [[__m512; 2]; TOKENS] = std::array::from_fn(|t| [0, 16].map(|r| _mm512_loadu_ps(sums[t].as_ptr().add(r))));
+            let mut acc = [[_mm512_setzero_ps(); 2]; TOKENS];
+            for t in 0..TOKENS {
+                acc[t] = [_mm512_loadu_ps(sums[t].as_ptr()), _mm512_loadu_ps(sums[t].as_ptr().add(16))];
+            }
             for (c, column) in values.iter().enumerate() {
-                let w = [0, 16].map(|r| _mm512_loadu_ps(column.as_ptr().add(r)));
+                let w = [_mm512_loadu_ps(column.as_ptr()), _mm512_loadu_ps(column.as_ptr().add(16))];
                 for t in 0..TOKENS {
                     let x = _mm512_set1_ps(*x[t].as_ptr().add(c));
                     acc[t] = [_mm512_fmadd_ps(w[0], x, acc[t][0]), _mm512_fmadd_ps(w[1], x, acc[t][1])];

@@ -6,6 +6,7 @@
 
 use super::simd::{Kernel, Simd};
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// Columns that vectors take at a time; those after the last multiple go one by one.
 const STEP: usize = 32;
@@ -84,89 +85,75 @@ impl<E: Element> Kernel for DenseProduct<'_, E> {
         let Self { w, n_cols, x, y } = self;
         let (n_rows, n_tokens) = (w.len() / n_cols, x.len() / n_cols);
         assert!(w.len() == n_rows * n_cols && x.len() == n_tokens * n_cols && y.len() == n_rows * n_tokens);
-        if n_tokens == 1 {
-            let (tiles, rest) = y.as_chunks_mut::<TILE_ROWS>();
-            let mut rows = w.chunks_exact(n_cols);
-            for tile in tiles {
-                let rows = std::array::from_fn(|_| rows.next().unwrap_or_default());
-                *tile = dot_tile::<S, E, TILE_ROWS, 1, true>(s, rows, [x]).map(|[sum]| sum);
-            }
-            for (y, row) in rest.iter_mut().zip(rows) {
-                [[*y]] = dot_tile::<S, E, 1, 1, true>(s, [row], [x]);
-            }
-            return;
-        }
+        let mut run = Run { w, x, n_cols, n_tokens, cols: 0..n_cols, token: 0 };
         y.fill(0.0);
+        if n_tokens == 1 {
+            return run.add_products::<S, 1, true>(s, y);
+        }
         for first in (0..n_cols).step_by(RUN_COLS) {
-            let cols = first..n_cols.min(first + RUN_COLS);
-            let mut token = 0;
-            while token < n_tokens {
-                let n = S::TILE_TOKENS.min(n_tokens - token);
-                let run = Run { w, x, n_cols, n_tokens, cols: cols.clone(), token };
-                match n {
-                    1 => run.tokens::<S, 1>(s, y),
-                    2 => run.tokens::<S, 2>(s, y),
-                    3 => run.tokens::<S, 3>(s, y),
-                    4 => run.tokens::<S, 4>(s, y),
-                    5 => run.tokens::<S, 5>(s, y),
-                    _ => run.tokens::<S, 6>(s, y),
+            run.cols = first..n_cols.min(first + RUN_COLS);
+            for token in (0..n_tokens).step_by(S::TILE_TOKENS) {
+                run.token = token;
+                match S::TILE_TOKENS.min(n_tokens - token) {
+                    1 => run.add_products::<S, 1, false>(s, y),
+                    2 => run.add_products::<S, 2, false>(s, y),
+                    3 => run.add_products::<S, 3, false>(s, y),
+                    4 => run.add_products::<S, 4, false>(s, y),
+                    5 => run.add_products::<S, 5, false>(s, y),
+                    _ => run.add_products::<S, 6, false>(s, y),
                 }
-                token += n.min(6);
             }
         }
     }
 }
 
-/// A run of columns for the tokens from `token` on.
+/// A run of columns, for the tokens from `token` on.
 struct Run<'a, E> {
     w: &'a [E],
     x: &'a [f32],
     n_cols: usize,
     n_tokens: usize,
-    cols: std::ops::Range<usize>,
+    cols: Range<usize>,
     token: usize,
 }
 
 impl<E: Element> Run<'_, E> {
-    /// Adds the products of all rows with `T` tokens to y.
+    /// Adds the products of all rows with the next `T` tokens to y.
     #[inline(always)]
-    fn tokens<S: Simd, const T: usize>(&self, s: S, y: &mut [f32]) {
-        let x = std::array::from_fn(|t| &self.x[(self.token + t) * self.n_cols..][self.cols.clone()]);
-        let row = |r: usize| &self.w[r * self.n_cols..][self.cols.clone()];
+    fn add_products<S: Simd, const T: usize, const PREFETCH: bool>(&self, s: S, y: &mut [f32]) {
+        let mut x: [&[f32]; T] = [&[]; T];
+        for (t, x) in x.iter_mut().enumerate() {
+            *x = &self.x[(self.token + t) * self.n_cols..][self.cols.clone()];
+        }
         let n_rows = self.w.len() / self.n_cols;
-        let mut r = 0;
-        while r + TILE_ROWS <= n_rows {
-            let sums = dot_tile::<S, E, TILE_ROWS, T, false>(s, std::array::from_fn(|i| row(r + i)), x);
-            for (i, sums) in sums.iter().enumerate() {
-                self.add::<T>(y, r + i, sums);
+        for first in (0..n_rows).step_by(TILE_ROWS) {
+            let mut rows: [&[E]; TILE_ROWS] = [&[]; TILE_ROWS];
+            for (r, row) in rows.iter_mut().enumerate() {
+                // Past the last row, the last one again.
+                *row = &self.w[(first + r).min(n_rows - 1) * self.n_cols..][self.cols.clone()];
             }
-            r += TILE_ROWS;
-        }
-        for r in r..n_rows {
-            let [sums] = dot_tile::<S, E, 1, T, false>(s, [row(r)], x);
-            self.add::<T>(y, r, &sums);
-        }
-    }
-
-    #[inline(always)]
-    fn add<const T: usize>(&self, y: &mut [f32], row: usize, sums: &[f32; T]) {
-        for (y, sum) in y[row * self.n_tokens + self.token..][..T].iter_mut().zip(sums) {
-            *y += sum;
+            let sums = dot_tile::<S, E, T, PREFETCH>(s, rows, x);
+            for (t, sums) in sums.iter().enumerate() {
+                let y = y[first * self.n_tokens + self.token + t..].iter_mut().step_by(self.n_tokens);
+                for (y, sum) in y.zip(sums) {
+                    *y += sum;
+                }
+            }
         }
     }
 }
 
-/// The dot products of `R` rows with `T` inputs of the same length.
+/// The dot products of `T` inputs with a tile of rows, all of the same length.
 #[inline(always)]
-pub fn dot_tile<S: Simd, E: Element, const R: usize, const T: usize, const PREFETCH: bool>(
+fn dot_tile<S: Simd, E: Element, const T: usize, const PREFETCH: bool>(
     s: S,
-    w: [&[E]; R],
+    w: [&[E]; TILE_ROWS],
     x: [&[f32]; T],
-) -> [[f32; T]; R] {
+) -> [[f32; TILE_ROWS]; T] {
     let n = w[0].len();
     assert!(w.iter().all(|w| w.len() == n) && x.iter().all(|x| x.len() == n));
     let ahead = PREFETCH_BYTES / size_of::<E>();
-    let mut sums = [[s.zero(); T]; R];
+    let mut sums = [[s.zero(); TILE_ROWS]; T];
     let whole = n / STEP * STEP;
     for i in (0..whole).step_by(STEP) {
         if PREFETCH {
@@ -175,28 +162,78 @@ pub fn dot_tile<S: Simd, E: Element, const R: usize, const T: usize, const PREFE
             }
         }
         for j in (i..i + STEP).step_by(S::LANES) {
-            let mut xs = [s.zero(); T];
-            for t in 0..T {
+            let mut weights = [s.zero(); TILE_ROWS];
+            for (weights, w) in weights.iter_mut().zip(w) {
                 // SAFETY: j + LANES ≤ i + STEP ≤ n, the length of every slice.
-                xs[t] = unsafe { s.load(x[t].as_ptr().add(j)) };
+                *weights = unsafe { E::load(s, w.as_ptr().add(j)) };
             }
-            for r in 0..R {
+            for (sums, x) in sums.iter_mut().zip(x) {
                 // SAFETY: as above.
-                let weights = unsafe { E::load(s, w[r].as_ptr().add(j)) };
-                for t in 0..T {
-                    sums[r][t] = s.mul_add(weights, xs[t], sums[r][t]);
+                let x = unsafe { s.load(x.as_ptr().add(j)) };
+                for (sum, weights) in sums.iter_mut().zip(weights) {
+                    *sum = s.mul_add(weights, x, *sum);
                 }
             }
         }
     }
-    let mut out = [[0.0; T]; R];
-    for r in 0..R {
-        for t in 0..T {
-            out[r][t] = s.sum(sums[r][t]);
-            for i in whole..n {
-                out[r][t] += w[r][i].to_f32() * x[t][i];
+    let mut out = [[0.0; TILE_ROWS]; T];
+    for (out, sums) in out.iter_mut().zip(sums) {
+        *out = s.sum4(sums);
+    }
+    for (out, x) in out.iter_mut().zip(x) {
+        for (out, w) in out.iter_mut().zip(w) {
+            for (w, x) in w[whole..].iter().zip(&x[whole..]) {
+                *out += w.to_f32() * x;
             }
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::simd::Level;
+    use super::super::tests::{assert_close, random};
+    use super::*;
+    use codecllm_codec::Cpu;
+
+    fn check<E: Element>(encode: impl Fn(f32) -> E) {
+        for cpu in Cpu::available() {
+            let level = Level::new(cpu).unwrap();
+            for (n_rows, n_cols, n_tokens) in
+                [(1, 1, 1), (5, 31, 1), (8, 96, 1), (7, 1100, 1), (3, 33, 2), (9, 64, 5), (6, 2100, 13), (4, 40, 9)]
+            {
+                let w: Vec<E> = random(n_rows * n_cols, 1).into_iter().map(&encode).collect();
+                let x = random(n_tokens * n_cols, 2);
+                let mut y = vec![f32::NAN; n_rows * n_tokens];
+                level.run(DenseProduct { w: &w, n_cols, x: &x, y: &mut y });
+                let dot = |w: &[E], x: &[f32]| -> f64 {
+                    w.iter().zip(x).map(|(w, x)| f64::from(w.to_f32()) * f64::from(*x)).sum()
+                };
+                let expected: Vec<f64> =
+                    w.chunks(n_cols).flat_map(|w| x.chunks(n_cols).map(move |x| dot(w, x))).collect();
+                assert_close(&y, &expected, 2e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn products_agree_with_plain_sums_at_every_level() {
+        check(|x| Bf16(bf16::from_f32(x).to_le_bytes()));
+        check(|x| F16(f16::from_f32(x).to_le_bytes()));
+        check(|x| F32(x.to_le_bytes()));
+    }
+
+    #[test]
+    fn infinities_and_nans_pass_through() {
+        for cpu in Cpu::available() {
+            let mut w = [Bf16(bf16::ONE.to_le_bytes()); 64];
+            w[3] = Bf16(bf16::INFINITY.to_le_bytes());
+            w[40] = Bf16(bf16::NAN.to_le_bytes());
+            let mut y = [0.0; 2];
+            let (x, n_cols) = (&[1.0; 32], 32);
+            Level::new(cpu).unwrap().run(DenseProduct { w: &w, n_cols, x, y: &mut y });
+            assert!(y[0] == f32::INFINITY && y[1].is_nan(), "{y:?}");
+        }
+    }
 }

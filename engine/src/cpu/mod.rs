@@ -93,14 +93,14 @@ impl CpuBackend {
             } else {
                 let mut y = vec![0.0; rows.len() * n_tokens];
                 matrix.product(self.level, x, operand.as_ref(), rows.clone(), &mut y)?;
-                for (row, y) in y.chunks_exact(n_tokens).enumerate() {
-                    for (out, y) in out.iter_mut().zip(y) {
-                        out[row] = *y;
+                for (t, out) in out.iter_mut().enumerate() {
+                    for (out, y) in out.iter_mut().zip(y[t..].iter().step_by(n_tokens)) {
+                        *out = *y;
                     }
                 }
             }
             for out in out.iter_mut() {
-                for (y, bias) in out.iter_mut().zip(bias.iter().flat_map(|bias| &bias[rows.clone()])) {
+                for (y, bias) in out.iter_mut().zip(bias.map_or(&[][..], |bias| &bias[rows.clone()])) {
                     *y += bias;
                 }
             }
@@ -139,6 +139,12 @@ impl Matrix {
             Self::Dense { n_cols, .. } => *n_cols,
             Self::Encoded(tensor) => tensor.n_cols(),
         }
+    }
+
+    /// `y[row] = matrix[row] · x` for some rows and the first token of `x`, on the calling thread: what a product of one
+    /// token does in each of its tasks. The rows of an encoded matrix begin at a multiple of 32.
+    pub fn matvec(&self, cpu: Cpu, x: &Operand, rows: Range<usize>, y: &mut [f32]) -> Result<()> {
+        self.product(Level::new(cpu)?, x.token(0), Some(x), rows, y)
     }
 
     /// `y[row][token] = matrix[row] · x[token]` for some rows, on the calling thread. An encoded matrix takes its
@@ -288,7 +294,7 @@ impl Backend for CpuBackend {
     fn matrix_bytes(&self, matrix: &Matrix) -> u64 {
         match matrix {
             Matrix::Dense { data, .. } => data.len() as u64,
-            Matrix::Encoded(tensor) => tensor.sizes().total(),
+            Matrix::Encoded(tensor) => tensor.bytes().len() as u64,
         }
     }
 
@@ -406,5 +412,229 @@ impl Backend for CpuBackend {
     fn read(&self, buffer: &Buffer, out: &mut [f32]) -> Result<()> {
         out.copy_from_slice(&buffer.data[..out.len()]);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use codecllm_codec::checkpoint::{Dtype, Tensor};
+    use codecllm_codec::encoded::{Checks, EncodeOptions, encode_tensor};
+    use codecllm_codec::{Coder, Format};
+    use rand::rngs::SmallRng;
+    use rand::{Rng, SeedableRng};
+
+    /// `n` values between −1 and 1.
+    pub(super) fn random(n: usize, seed: u64) -> Vec<f32> {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
+    }
+
+    /// Asserts that values agree to `tolerance`, as a share of the largest expected one.
+    #[track_caller]
+    pub(super) fn assert_close(found: &[f32], expected: &[f64], tolerance: f64) {
+        assert_eq!(found.len(), expected.len());
+        let largest = expected.iter().fold(0f64, |m, x| m.max(x.abs()));
+        for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+            let error = (f64::from(*found) - expected).abs();
+            assert!(error <= tolerance * largest, "value {i}: {found}, expected {expected}");
+        }
+    }
+
+    fn buffer(width: usize, data: Vec<f32>) -> Buffer {
+        Buffer { width, data }
+    }
+
+    fn batch(backend: &CpuBackend, n_tokens: usize, position: usize) -> Batch {
+        let mut batch = backend.batch(n_tokens, &[1.0, 0.25]).unwrap();
+        backend.begin(&mut batch, &vec![0; n_tokens], position).unwrap();
+        batch
+    }
+
+    fn bf16_matrix(n_rows: usize, n_cols: usize, seed: u64) -> (Bytes, Vec<f32>) {
+        let values: Vec<_> = random(n_rows * n_cols, seed).into_iter().map(half::bf16::from_f32).collect();
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        (bytes.into(), values.into_iter().map(half::bf16::to_f32).collect())
+    }
+
+    /// `x · wᵀ + bias` in f64; `[n_tokens, n_rows]`.
+    fn naive_product(w: &[f32], n_cols: usize, x: &[f32], bias: &[f32]) -> Vec<f64> {
+        let dot =
+            |row: &[f32], x: &[f32]| -> f64 { row.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum() };
+        x.chunks(n_cols)
+            .flat_map(|x| w.chunks(n_cols).zip(bias).map(move |(row, bias)| dot(row, x) + f64::from(*bias)))
+            .collect()
+    }
+
+    #[test]
+    fn products_of_plain_and_encoded_matrices_share_a_region() {
+        let (n_rows, n_cols) = (75, 96);
+        let (plain, values) = bf16_matrix(n_rows, n_cols, 1);
+        let tensor = Tensor { name: "w".into(), dtype: Dtype::Bf16, shape: vec![n_rows, n_cols], data: plain.clone() };
+        let bias = random(n_rows, 2);
+        for cpu in Cpu::available() {
+            let backend = CpuBackend::new(cpu, 2).unwrap();
+            for coder in [Coder::Rans, Coder::Zstd] {
+                let options = EncodeOptions { format: Format::Bf16, coder, ..Default::default() };
+                let encoded = encode_tensor(&tensor, &options).unwrap();
+                let encoded = Matrix::Encoded(EncodedTensor::parse(encoded.into(), Checks::Full).unwrap());
+                let dense = Matrix::Dense { element: DenseType::Bf16, n_rows, n_cols, data: plain.clone() };
+                for n_tokens in [1, 2, 7] {
+                    let x = buffer(n_cols, random(n_tokens * n_cols, 3));
+                    let mut outs = [(); 2].map(|()| buffer(n_rows, vec![f32::NAN; n_tokens * n_rows]));
+                    let [out_dense, out_encoded] = &mut outs;
+                    let mut products = [
+                        Projection { matrix: &dense, bias: Some(&bias), out: out_dense },
+                        Projection { matrix: &encoded, bias: Some(&bias), out: out_encoded },
+                    ];
+                    let batch = batch(&backend, n_tokens, 0);
+                    backend.run(|| backend.project(&batch, &x, &mut products)).unwrap();
+                    let expected = naive_product(&values, n_cols, &x.data, &bias);
+                    for out in outs {
+                        assert_close(&out.data, &expected, 1e-6);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn embedding_copies_rows() {
+        let (data, values) = bf16_matrix(50, 40, 4);
+        let tensor = Tensor { name: "w".into(), dtype: Dtype::Bf16, shape: vec![50, 40], data: data.clone() };
+        let encoded = encode_tensor(&tensor, &EncodeOptions { format: Format::Bf16, ..Default::default() }).unwrap();
+        for cpu in Cpu::available() {
+            let backend = CpuBackend::new(cpu, 2).unwrap();
+            let mut batch = backend.batch(3, &[1.0]).unwrap();
+            backend.begin(&mut batch, &[49, 0, 33], 0).unwrap();
+            let encoded = EncodedTensor::parse(encoded.clone().into(), Checks::Full).unwrap();
+            let dense = Matrix::Dense { element: DenseType::Bf16, n_rows: 50, n_cols: 40, data: data.clone() };
+            for table in [dense, Matrix::Encoded(encoded)] {
+                let mut out = buffer(40, vec![f32::NAN; 120]);
+                backend.run(|| backend.embed(&batch, &table, &mut out)).unwrap();
+                let expected = [&values[49 * 40..], &values[..40], &values[33 * 40..34 * 40]].concat();
+                assert_eq!(out.data, expected);
+            }
+        }
+    }
+
+    #[test]
+    fn logits_of_the_last_token_or_of_all() {
+        let backend = CpuBackend::new(Cpu::detect(), 2).unwrap();
+        let (data, values) = bf16_matrix(37, 16, 5);
+        let head = Matrix::Dense { element: DenseType::Bf16, n_rows: 37, n_cols: 16, data };
+        let x = buffer(16, random(5 * 16, 6));
+        let batch = batch(&backend, 5, 0);
+        let expected = naive_product(&values, 16, &x.data, &[0.0; 37]);
+        for (want, expected) in [(Logits::All, &expected[..]), (Logits::Last, &expected[4 * 37..])] {
+            let mut out = buffer(37, vec![f32::NAN; expected.len()]);
+            backend.run(|| backend.logits(&batch, &x, &head, want, &mut out)).unwrap();
+            assert_close(&out.data, expected, 1e-6);
+        }
+    }
+
+    #[test]
+    fn norms_rotation_gating_and_addition() {
+        for cpu in Cpu::available() {
+            let backend = CpuBackend::new(cpu, 2).unwrap();
+            // Two heads of four; widths that are no multiple of a vector.
+            let (n_tokens, width, eps) = (3, 8, 1e-3);
+            let batch = batch(&backend, n_tokens, 7);
+            let x = buffer(width, random(n_tokens * width, 7));
+            let y = buffer(width, random(n_tokens * width, 8));
+            let norm = |x: &[f32], weight: &[f32]| -> Vec<f64> {
+                let mean = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / x.len() as f64;
+                x.iter()
+                    .zip(weight)
+                    .map(|(x, w)| f64::from(*x) * f64::from(*w) / (mean + f64::from(eps)).sqrt())
+                    .collect()
+            };
+
+            let weight = random(width, 9);
+            let mut out = buffer(width, vec![f32::NAN; n_tokens * width]);
+            backend.run(|| backend.rms_norm(&batch, &x, &weight, eps, &mut out)).unwrap();
+            let expected: Vec<f64> = x.data.chunks(width).flat_map(|x| norm(x, &weight)).collect();
+            assert_close(&out.data, &expected, 1e-6);
+
+            let weight = random(4, 10);
+            let mut out = buffer(width, x.data.clone());
+            backend.run(|| backend.head_norm(&batch, &mut out, &weight, eps)).unwrap();
+            let expected: Vec<f64> = x.data.chunks(4).flat_map(|x| norm(x, &weight)).collect();
+            assert_close(&out.data, &expected, 1e-6);
+
+            let mut out = buffer(width, x.data.clone());
+            backend.run(|| backend.rotate(&batch, &mut out)).unwrap();
+            let expected: Vec<f64> = (0..n_tokens * width)
+                .map(|i| {
+                    let (head, pair) = (i / 4 * 4, i % 2);
+                    let angle = (7 + i / width) as f64 * [1.0, 0.25][pair];
+                    let (a, b) = (f64::from(x.data[head + pair]), f64::from(x.data[head + pair + 2]));
+                    if i % 4 < 2 { a * angle.cos() - b * angle.sin() } else { b * angle.cos() + a * angle.sin() }
+                })
+                .collect();
+            assert_close(&out.data, &expected, 1e-6);
+
+            for width in [1, 8, 37] {
+                let wide = |seed| random(n_tokens * width, seed).iter().map(|x| x * 20.0).collect::<Vec<f32>>();
+                let (mut gate, up) = (buffer(width, wide(11)), buffer(width, wide(12)));
+                let silu = |x: f64| x / (1.0 + (-x).exp());
+                let pairs = gate.data.iter().zip(&up.data);
+                let expected: Vec<f64> = pairs.map(|(g, u)| silu(f64::from(*g)) * f64::from(*u)).collect();
+                backend.run(|| backend.silu_mul(&batch, &mut gate, &up)).unwrap();
+                assert_close(&gate.data, &expected, 1e-6);
+            }
+
+            let mut out = buffer(width, x.data.clone());
+            backend.run(|| backend.add(&batch, &mut out, &y)).unwrap();
+            assert!(out.data.iter().zip(x.data.iter().zip(&y.data)).all(|(out, (x, y))| *out == x + y));
+        }
+    }
+
+    /// The attention of one query head over the keys and values that it sees, each `[n_positions, head_dim]`.
+    fn naive_attention(q: &[f32], keys: &[&[f32]], values: &[&[f32]]) -> Vec<f64> {
+        let dot = |k: &[f32]| q.iter().zip(k).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>();
+        let weights: Vec<f64> = keys.iter().map(|k| (dot(k) / (q.len() as f64).sqrt()).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let value = |i: usize| values.iter().zip(&weights).map(|(v, w)| f64::from(v[i]) * w / total).sum();
+        (0..q.len()).map(value).collect()
+    }
+
+    #[test]
+    fn attention_sees_what_it_should() {
+        let (n_heads, n_kv_heads, n_positions) = (6, 2, 150);
+        for cpu in Cpu::available() {
+            let backend = CpuBackend::new(cpu, 2).unwrap();
+            for (head_dim, window, chunk) in [(8, None, 150), (64, None, 1), (40, Some(1), 70), (64, Some(45), 33)] {
+                let (kv_width, q_width) = (n_kv_heads * head_dim, n_heads * head_dim);
+                let (k, v) = (random(n_positions * kv_width, 13), random(n_positions * kv_width, 14));
+                let q: Vec<f32> = random(n_positions * q_width, 15).iter().map(|q| q * 5.0).collect();
+                let mut cache = backend.cache(CacheShape { capacity: n_positions, n_kv_heads, head_dim }).unwrap();
+                let mut found = Vec::new();
+                for first in (0..n_positions).step_by(chunk) {
+                    let tokens = first..n_positions.min(first + chunk);
+                    let part =
+                        |x: &[f32], width: usize| buffer(width, x[tokens.start * width..tokens.end * width].to_vec());
+                    let batch = batch(&backend, tokens.len(), first);
+                    let mut out = buffer(q_width, vec![f32::NAN; tokens.len() * q_width]);
+                    backend
+                        .run(|| {
+                            backend.append(&batch, &part(&k, kv_width), &part(&v, kv_width), &mut cache)?;
+                            backend.attend(&batch, &part(&q, q_width), &cache, window, &mut out)
+                        })
+                        .unwrap();
+                    found.extend(out.data);
+                }
+                let mut expected = Vec::new();
+                for (i, q) in q.chunks(head_dim).enumerate() {
+                    let (position, kv_head) = (i / n_heads, i % n_heads / (n_heads / n_kv_heads));
+                    let first = (position + 1).saturating_sub(window.unwrap_or(usize::MAX));
+                    let at = |p: usize| p * kv_width + kv_head * head_dim;
+                    let keys: Vec<&[f32]> = (first..=position).map(|p| &k[at(p)..][..head_dim]).collect();
+                    let values: Vec<&[f32]> = (first..=position).map(|p| &v[at(p)..][..head_dim]).collect();
+                    expected.extend(naive_attention(q, &keys, &values));
+                }
+                assert_close(&found, &expected, 2e-6);
+            }
+        }
     }
 }

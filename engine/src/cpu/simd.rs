@@ -41,6 +41,8 @@ pub trait Simd: Copy {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// The sum of the elements.
     fn sum(self, a: Self::V) -> f32;
+    /// The sums of the elements of four vectors.
+    fn sum4(self, a: [Self::V; 4]) -> [f32; 4];
     /// The largest element; NaN elements may be passed over.
     fn max_element(self, a: Self::V) -> f32;
     /// e^a, with a relative error below 3e-7 where the result is a normal number. NaN stays NaN.
@@ -153,6 +155,10 @@ impl Simd for Scalar {
         a.iter().sum()
     }
     #[inline(always)]
+    fn sum4(self, a: [Self::V; 4]) -> [f32; 4] {
+        a.map(|a| a.iter().sum())
+    }
+    #[inline(always)]
     fn max_element(self, a: Self::V) -> f32 {
         a.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
@@ -235,6 +241,26 @@ mod x86 {
     /// Where e^a is a normal number.
     const EXP_RANGE: (f32, f32) = (-87.33, 88.37);
 
+    /// The sum of the two halves.
+    #[target_feature(enable = "avx512f,avx512dq")]
+    #[inline]
+    fn halve(a: __m512) -> __m256 {
+        _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a))
+    }
+
+    /// The sums of the elements of four vectors.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn sum4(a: [__m256; 4]) -> [f32; 4] {
+        let [a, b, c, d] = a;
+        let quads = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+        let sums = _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps::<1>(quads));
+        let mut out = [0.0; 4];
+        // SAFETY: `out` has the four values' room.
+        unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
+        out
+    }
+
     impl Simd for Avx512 {
         type V = __m512;
         const LANES: usize = 16;
@@ -249,6 +275,10 @@ mod x86 {
             fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
             fn max(self, a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
             fn sum(self, a: __m512) -> f32 { _mm512_reduce_add_ps(a) }
+            fn sum4(self, a: [__m512; 4]) -> [f32; 4] {
+                let [a, b, c, d] = a;
+                sum4([halve(a), halve(b), halve(c), halve(d)])
+            }
             fn max_element(self, a: __m512) -> f32 { _mm512_reduce_max_ps(a) }
             fn exp(self, a: __m512) -> __m512 {
                 // Of the two operands, min and max return the second where one is NaN.
@@ -300,6 +330,7 @@ mod x86 {
                 let pairs = _mm_max_ps(quads, _mm_movehl_ps(quads, quads));
                 _mm_cvtss_f32(_mm_max_ss(pairs, _mm_movehdup_ps(pairs)))
             }
+            fn sum4(self, a: [__m256; 4]) -> [f32; 4] { sum4(a) }
             fn sum(self, a: __m256) -> f32 {
                 let quads = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
                 let pairs = _mm_add_ps(quads, _mm_movehl_ps(quads, quads));
@@ -336,6 +367,76 @@ mod x86 {
         fn prefetch<T>(self, p: *const T) {
             // SAFETY: a prefetch of any address is harmless.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// e^x of every element; a multiple of 32 of them.
+    struct Exp<'a>(&'a mut [f32]);
+
+    impl Kernel for Exp<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            for x in self.0.chunks_exact_mut(S::LANES) {
+                // SAFETY: `x` has `LANES` elements.
+                unsafe { s.store(x.as_mut_ptr(), s.exp(s.load(x.as_ptr()))) };
+            }
+        }
+    }
+
+    #[test]
+    fn exp_is_accurate_where_results_are_normal() {
+        for cpu in Cpu::available() {
+            let x: Vec<f32> = (0..32 * 500).map(|i| -87.3 + i as f32 * (175.6 / 16_000.0)).collect();
+            let mut y = x.clone();
+            Level::new(cpu).unwrap().run(Exp(&mut y));
+            for (x, y) in x.iter().zip(y) {
+                let expected = f64::from(*x).exp();
+                assert!((f64::from(y) - expected).abs() < 3e-7 * expected, "{cpu}: e^{x} = {expected}, found {y}");
+            }
+        }
+    }
+
+    #[test]
+    fn exp_of_extremes() {
+        for cpu in Cpu::available() {
+            let mut x = [0.0; 32];
+            x[..5].copy_from_slice(&[f32::NAN, f32::NEG_INFINITY, f32::INFINITY, -1e4, 0.0]);
+            Level::new(cpu).unwrap().run(Exp(&mut x));
+            assert!(x[0].is_nan() && x[1] < 1.2e-38 && x[2] > 2e38 && x[3] < 1.2e-38 && x[4] == 1.0, "{cpu}: {x:?}");
+        }
+    }
+
+    /// The sum and the largest of 32 elements, and four sums.
+    struct Reduce<'a>(&'a [f32; 32]);
+
+    impl Kernel for Reduce<'_> {
+        type Output = (f32, f32, [f32; 4]);
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Self::Output {
+            // SAFETY: `LANES` divides 32.
+            let v = unsafe { s.load(self.0.as_ptr()) };
+            (s.sum(v), s.max_element(v), s.sum4([v, s.zero(), s.splat(1.0), s.add(v, v)]))
+        }
+    }
+
+    #[test]
+    fn reductions_take_every_lane() {
+        for cpu in Cpu::available() {
+            let lanes = if cpu == Cpu::Avx512 { 16 } else { 8 };
+            for lane in 0..lanes {
+                let mut x = [0.0; 32];
+                x[lane] = 3.0;
+                let found = Level::new(cpu).unwrap().run(Reduce(&x));
+                assert_eq!(found, (3.0, 3.0, [3.0, 0.0, lanes as f32, 6.0]), "{cpu}, lane {lane}");
+            }
         }
     }
 }

@@ -1,0 +1,845 @@
+//! `codecllm bench`: verifies, then measures everything in one run, the contenders taking turns.
+
+mod peers;
+mod workload;
+
+use crate::output::CliResult;
+use bytes::Bytes;
+use codecllm_codec::block::BLOCK_ROWS;
+use codecllm_codec::checkpoint::{Dtype, Tensor};
+use codecllm_codec::encoded::{Checks, CodesMut, EncodeOptions, EncodedTensor, encode_tensor};
+use codecllm_codec::product::Operand;
+use codecllm_codec::quantize::{Codes, Scales, quantize, scale_of};
+use codecllm_codec::{Cpu, Format, ScaleMode};
+use codecllm_engine::weights::DenseType;
+use codecllm_engine::{LoadOptions, Logits, Model, cpu};
+use half::bf16;
+use peers::{Int8Matrix, Int8Operand, read_memory};
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use serde::Serialize;
+use std::collections::{BTreeSet, HashMap};
+use std::fmt::Display;
+use std::hint::black_box;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+use workload::{Matrix, ModelShape, Task, Workload, normal};
+
+type Error = Box<dyn std::error::Error + Send + Sync>;
+type Result<T> = std::result::Result<T, Error>;
+
+/// Bytes of a Zstandard chunk and the level, as the codec's coder `zstd` has them.
+const ZSTD_CHUNK_BYTES: usize = 1 << 16;
+const ZSTD_LEVEL: i32 = 9;
+/// Codes that zstd is measured on: enough to leave the caches, few enough to compress quickly.
+const ZSTD_MAX_CODES: usize = 48 << 20;
+/// Weights of the matrix that encoders are measured on, at most, where there is a choice.
+const ENCODE_MAX_WEIGHTS: usize = 1 << 24;
+/// The largest error of a product that passes, relative to a row's norm times the activations' rms. Activations of 16
+/// bits make errors of about 3e-5, and of 2e-4 in the worst of many rows.
+const PRODUCT_TOLERANCE: f64 = 5e-4;
+/// Positions of the caches that generation is measured with.
+const GENERATE_CAPACITY: usize = 256;
+
+/// Measure this machine: memory, encoders, decoders, matrix products and whole models
+///
+/// First verifies: every decoder against the scalar one, code for code, and every product against a float64 product of
+/// the decoded weights. Then measures. The contenders take turns, several rounds, and the median counts, so that what
+/// disturbs the machine disturbs them alike; each figure comes with its ratio to a peer of the same run. The matrices
+/// exist often enough in memory that no cache holds them.
+///
+/// With --model-shape, and with neither model nor shape, the weights are drawn from a seed, with the row scales and the
+/// tails of trained models. A shape too large for the memory is stood for by some of its layers, and then has no
+/// tokens/s.
+#[derive(clap::Args)]
+pub struct Args {
+    /// A checkpoint or an archive (which is decoded, and encoded anew in each format)
+    #[arg(conflicts_with_all = ["shape", "model_shape"])]
+    model: Option<PathBuf>,
+    /// One matrix, outputs x inputs, as in 5632x2048 [default: 4096x4096]
+    #[arg(long, value_name = "ROWSxCOLS", value_parser = parse_shape, conflicts_with = "model_shape")]
+    shape: Option<(usize, usize)>,
+    /// All matrices of a model of this shape
+    #[arg(long, value_enum)]
+    model_shape: Option<ModelShape>,
+    /// The formats to encode in, separated by commas
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(Format), default_value = "bf16,fp8,int8")]
+    format: Vec<Format>,
+    /// Threads of the parallel measurements [default: every core]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// The instruction-set level of the products (decoders are measured at every level) [default: the best]
+    #[arg(long)]
+    cpu: Option<Cpu>,
+    /// Seconds of each measurement, in each round
+    #[arg(long, default_value_t = 0.3)]
+    seconds: f64,
+    /// Rounds, of which the median counts
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Seed of the drawn weights and activations
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Print one JSON object instead of the table
+    #[arg(long)]
+    json: bool,
+}
+
+fn parse_shape(text: &str) -> std::result::Result<(usize, usize), String> {
+    let parse = |s: &str| s.parse().ok().filter(|n| (1..=1 << 20).contains(n));
+    text.split_once('x')
+        .and_then(|(rows, cols)| Some((parse(rows)?, parse(cols)?)))
+        .ok_or_else(|| format!("expected ROWSxCOLS with 1 to {} each, as in 5632x2048; found `{text}`", 1 << 20))
+}
+
+/// One figure. Bigger is better.
+#[derive(Serialize)]
+struct Measurement {
+    name: String,
+    threads: usize,
+    /// The median over the rounds.
+    value: f64,
+    unit: &'static str,
+    /// `value` over the peer's; where the peer is `memory.read` and the unit is another, the bytes/s over the peer's.
+    ratio: f64,
+    ratio_to: String,
+    /// Largest less smallest round, over the median.
+    spread: f64,
+    /// Bytes of the weights, in the form at hand, that were read.
+    bytes_per_s: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bits_per_weight: Option<f64>,
+    /// Passes over all of a model's matrices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    passes_per_s: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    workload: String,
+    weights_per_pass: usize,
+    copies: usize,
+    cpu: &'static str,
+    threads: usize,
+    checks: Vec<String>,
+    results: Vec<Measurement>,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> CliResult {
+    let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let n_threads = args.threads.unwrap_or(n_cores).max(1);
+    let mut formats = Vec::new();
+    for format in &args.format {
+        if !formats.contains(format) {
+            formats.push(*format);
+        }
+    }
+    let cpu = args.cpu.unwrap_or_else(Cpu::detect);
+    if !(args.seconds > 0.0 && args.rounds > 0) {
+        return Err("--seconds and --rounds have to be greater than zero".into());
+    }
+
+    let cache_bytes = (4 * last_level_cache_bytes()).max(256 << 20);
+    // BF16 and plain INT8 always, and what each format takes at most.
+    let encoded: f64 = formats.iter().map(|f| if f.is_lossless() { 1.5 } else { 1.0 }).sum();
+    eprintln!("drawing or reading the weights");
+    let workload = match (&args.model, args.model_shape, args.shape) {
+        (Some(dir), ..) => Workload::of_checkpoint(dir, cache_bytes)?,
+        (_, Some(shape), _) => Workload::of_model_shape(shape, args.seed, 3.0 + encoded, cache_bytes)?,
+        (.., shape) => {
+            let (n_rows, n_cols) = shape.unwrap_or((4096, 4096));
+            Workload::of_shape(n_rows, n_cols, args.seed, cache_bytes)
+        }
+    };
+    eprintln!("{}", workload.title);
+    let bench = Bench::new(workload, &formats, cpu, n_threads, args.seed)?;
+    let checks = bench.verify()?;
+    let results = bench.measure(args.seconds, args.rounds, 4 * cache_bytes)?;
+    let report = Report {
+        workload: bench.workload.title.clone(),
+        weights_per_pass: bench.workload.weights_per_pass(),
+        copies: bench.workload.n_copies,
+        cpu: cpu.name(),
+        threads: n_threads,
+        checks,
+        results,
+    };
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print_table(&report);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The largest cache of the first core, as Linux names it; 32 MiB where it does not.
+fn last_level_cache_bytes() -> usize {
+    let size = |i: usize| {
+        let text = std::fs::read_to_string(format!("/sys/devices/system/cpu/cpu0/cache/index{i}/size")).ok()?;
+        text.trim().strip_suffix('K')?.parse::<usize>().ok().map(|kib| kib << 10)
+    };
+    (0..8).filter_map(size).max().unwrap_or(32 << 20)
+}
+
+/// All matrices in one format, in every copy: indexed as in [`Task::matrix`].
+struct Encoded {
+    format: Format,
+    matrices: Vec<EncodedTensor>,
+    bits_per_weight: f64,
+}
+
+/// The contenders' data.
+struct Bench {
+    workload: Workload,
+    /// Of the products.
+    level: Cpu,
+    n_threads: usize,
+    /// BF16, plain INT8 and the encoded formats: indexed as in [`Task::matrix`].
+    bf16: Vec<cpu::Matrix>,
+    int8: Vec<Int8Matrix>,
+    encoded: Vec<Encoded>,
+    /// Zstandard frames of INT8 codes of the first matrices, and how many codes each holds.
+    zstd: Vec<(Vec<u8>, usize)>,
+    /// Activations by width: as they are, and as each product takes them.
+    operands: HashMap<usize, Activations>,
+}
+
+struct Activations {
+    operand: Operand,
+    int8: Int8Operand,
+}
+
+/// A thread's own room, kept from task to task, so that nothing is allocated while the clock runs.
+#[derive(Default)]
+struct Scratch {
+    y: Vec<f32>,
+    codes: Vec<u8>,
+    wide_codes: Vec<u16>,
+}
+
+/// What one thread does with some rows of a matrix.
+type Work<'a> = Box<dyn Fn(&Task, &mut Scratch) -> Result<()> + Sync + 'a>;
+
+impl Bench {
+    /// Encodes the matrices in every format and copies each form as often as the workload says.
+    fn new(workload: Workload, formats: &[Format], level: Cpu, n_threads: usize, seed: u64) -> Result<Self> {
+        let n_copies = workload.n_copies;
+        let mut int8 = Vec::new();
+        let mut zstd = Vec::new();
+        let mut zstd_codes = 0;
+        eprintln!("quantizing to plain INT8");
+        for matrix in &workload.matrices {
+            let tensor = matrix.tensor();
+            let quantized =
+                quantize(&tensor, Format::Int8, ScaleMode::Channel).map_err(|e| e.in_tensor(&matrix.name))?;
+            let Codes::U8(codes) = &quantized.codes else { unreachable!("INT8 codes are bytes") };
+            let scales = (0..matrix.n_rows).map(|row| match &quantized.scales {
+                Scales::Absmax(absmax) => scale_of(Format::Int8, bf16::from_bits(absmax[row]).to_f32()),
+                Scales::Channel(scales) => scales[row],
+                Scales::Tensor(scale) => *scale,
+                Scales::None => 1.0,
+            });
+            int8.push(Int8Matrix::new(codes, matrix.n_cols, scales.collect()));
+            if zstd_codes < ZSTD_MAX_CODES {
+                let codes = &codes[..codes.len().min(ZSTD_MAX_CODES - zstd_codes)];
+                zstd_codes += codes.len();
+                zstd.extend(zstd_frames(codes)?);
+            }
+        }
+        let mut encoded = Vec::new();
+        for &format in formats {
+            eprintln!("encoding {format}");
+            let options = EncodeOptions { format, ..EncodeOptions::default() };
+            let encode = |m: &Matrix| -> Result<EncodedTensor> {
+                let data = encode_tensor(&m.tensor(), &options).map_err(|e| e.in_tensor(&m.name))?;
+                Ok(EncodedTensor::parse(data.into(), Checks::Full).map_err(|e| e.in_tensor(&m.name))?)
+            };
+            let first = workload.matrices.iter().map(encode).collect::<Result<Vec<_>>>()?;
+            let bytes: usize = first.iter().map(|e| e.bytes().len()).sum();
+            let n_weights: usize = workload.matrices.iter().map(Matrix::n_weights).sum();
+            let matrices = copies(first, n_copies, |_, e| {
+                let data = Bytes::copy_from_slice(e.bytes());
+                EncodedTensor::parse(data, Checks::None).expect("a copy of a valid tensor")
+            });
+            encoded.push(Encoded { format, matrices, bits_per_weight: 8.0 * bytes as f64 / n_weights as f64 });
+        }
+
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let operands = workload.matrices.iter().map(|m| m.n_cols).collect::<BTreeSet<_>>().into_iter().map(|n_cols| {
+            let x: Vec<f32> = (0..n_cols).map(|_| normal(&mut rng)).collect();
+            (n_cols, Activations { int8: Int8Operand::new(&x), operand: Operand::new(&x, n_cols) })
+        });
+        Ok(Self {
+            operands: operands.collect(),
+            bf16: copies(workload.matrices.iter().map(|m| plain_bf16(m, m.data.clone())).collect(), n_copies, |i, _| {
+                let matrix = &workload.matrices[i];
+                plain_bf16(matrix, Bytes::copy_from_slice(&matrix.data))
+            }),
+            int8: copies(int8, n_copies, |_, matrix| matrix.clone()),
+            encoded,
+            zstd,
+            workload,
+            level,
+            n_threads,
+        })
+    }
+
+    fn matrix(&self, task: &Task) -> &Matrix {
+        &self.workload.matrices[task.matrix % self.workload.matrices.len()]
+    }
+
+    fn activations(&self, task: &Task) -> &Activations {
+        &self.operands[&self.matrix(task).n_cols]
+    }
+
+    fn matvec_bf16(&self) -> Work<'_> {
+        Box::new(move |task, scratch| {
+            let x = &self.activations(task).operand;
+            let y = room(&mut scratch.y, task.rows.len());
+            Ok(self.bf16[task.matrix].matvec(self.level, x, task.rows.clone(), y)?)
+        })
+    }
+
+    fn matvec_int8(&self) -> Work<'_> {
+        Box::new(move |task, scratch| {
+            let x = &self.activations(task).int8;
+            self.int8[task.matrix].product(self.level, x, task.rows.clone(), room(&mut scratch.y, task.rows.len()));
+            Ok(())
+        })
+    }
+
+    fn matvec_encoded<'a>(&'a self, encoded: &'a Encoded) -> Work<'a> {
+        Box::new(move |task, scratch| {
+            let x = &self.activations(task).operand;
+            let y = room(&mut scratch.y, task.rows.len());
+            Ok(encoded.matrices[task.matrix].product(self.level, x, task.rows.clone(), y)?)
+        })
+    }
+
+    fn decode<'a>(&'a self, encoded: &'a Encoded, cpu: Cpu) -> Work<'a> {
+        Box::new(move |task, scratch| {
+            let tensor = &encoded.matrices[task.matrix];
+            // Two row blocks at a time, which stay in the caches and let a decoder work on both.
+            for row in task.rows.clone().step_by(2 * BLOCK_ROWS) {
+                let rows = row..task.rows.end.min(row + 2 * BLOCK_ROWS);
+                let n_codes = rows.len() * tensor.n_cols();
+                let codes = if encoded.format == Format::Bf16 {
+                    CodesMut::U16(room(&mut scratch.wide_codes, n_codes))
+                } else {
+                    CodesMut::U8(room(&mut scratch.codes, n_codes))
+                };
+                tensor.decode_codes_into(cpu, rows, codes)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Compares every decoder and every product with its reference, on the first matrix of each shape. Returns what was
+    /// proven, in words.
+    fn verify(&self) -> Result<Vec<String>> {
+        eprintln!("verifying");
+        let shapes = self.workload.distinct_shapes();
+        let mut checks = Vec::new();
+        let levels = Cpu::available().map(Cpu::name).collect::<Vec<_>>().join(", ");
+        for encoded in &self.encoded {
+            for &m in &shapes {
+                let tensor = &encoded.matrices[m];
+                let expected = tensor.decode_codes(Cpu::Scalar)?;
+                for cpu in Cpu::available() {
+                    if tensor.decode_codes(cpu)? != expected {
+                        return Err(self.failed(
+                            m,
+                            encoded.format,
+                            &format!("the {cpu} decoder and the scalar one disagree"),
+                        ));
+                    }
+                }
+            }
+            checks.push(format!("{}: the decoders ({levels}) agree code for code", encoded.format));
+        }
+        for (frame, n_codes) in &self.zstd {
+            if zstd::bulk::decompress(frame, *n_codes)?.len() != *n_codes {
+                return Err("a Zstandard frame does not decode to its codes".into());
+            }
+        }
+
+        let mut worst = 0.0f64;
+        for &m in &shapes {
+            let matrix = &self.workload.matrices[m];
+            let plain: Vec<f32> = matrix.data.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect();
+            worst = worst.max(self.check_product(m, "BF16", &self.matvec_bf16(), &plain)?);
+            let int8 = self.int8[m].values();
+            worst = worst.max(self.check_product(m, "plain INT8", &self.matvec_int8(), &int8)?);
+            for encoded in &self.encoded {
+                let tensor = &encoded.matrices[m];
+                let mut values = vec![0.0f32; matrix.n_weights()];
+                tensor.decode_rows(Cpu::Scalar, 0..matrix.n_rows, &mut values)?;
+                let name = format!("encoded {}", encoded.format);
+                worst = worst.max(self.check_product(m, &name, &self.matvec_encoded(encoded), &values)?);
+            }
+        }
+        checks.push(format!(
+            "the products ({}) agree with float64 products of the decoded weights; largest error {worst:.1e} of a \
+             row's norm times the activations' rms (at most {PRODUCT_TOLERANCE:.0e})",
+            self.level
+        ));
+        Ok(checks)
+    }
+
+    fn failed(&self, matrix: usize, form: impl Display, problem: &str) -> Error {
+        let m = &self.workload.matrices[matrix];
+        format!(
+            "{} ({} x {}), {form}: {problem}. This is a defect of codecllm or of the machine; nothing was measured",
+            m.name, m.n_rows, m.n_cols
+        )
+        .into()
+    }
+
+    /// The largest error of a product of matrix `m`, relative to a row's norm times the activations' rms.
+    fn check_product(&self, m: usize, form: &str, work: &Work<'_>, weights: &[f32]) -> Result<f64> {
+        let Matrix { n_rows, n_cols, .. } = self.workload.matrices[m];
+        let x = self.operands[&n_cols].operand.token(0);
+        let x_rms = (x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n_cols as f64).sqrt();
+        let mut scratch = Scratch::default();
+        work(&Task { matrix: m, rows: 0..n_rows }, &mut scratch)?;
+        let errors = weights.par_chunks(n_cols).zip(&scratch.y).map(|(row, &found)| {
+            let dot: f64 = row.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+            let norm = row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt();
+            let error = (f64::from(found) - dot).abs();
+            if error == 0.0 { 0.0 } else { error / (norm * x_rms) }
+        });
+        // Where an error is NaN, so is the sum.
+        let (sum, worst) = errors.map(|e| (e, e)).reduce(|| (0.0, 0.0), |a, b| (a.0 + b.0, a.1.max(b.1)));
+        if sum.is_nan() || worst > PRODUCT_TOLERANCE {
+            return Err(self.failed(
+                m,
+                form,
+                &format!("the product is off by {worst:.1e}, at most {PRODUCT_TOLERANCE:.0e} is right"),
+            ));
+        }
+        Ok(worst)
+    }
+}
+
+/// The first `len` elements of a thread's own buffer, which grows when it has to.
+fn room<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    if buffer.len() < len {
+        buffer.resize(len, T::default());
+    }
+    &mut buffer[..len]
+}
+
+/// `items`, then `n - 1` copies of them, made by `copy` from an item and its index.
+fn copies<T>(mut items: Vec<T>, n: usize, copy: impl Fn(usize, &T) -> T) -> Vec<T> {
+    let len = items.len();
+    for i in len..n * len {
+        items.push(copy(i % len, &items[i % len]));
+    }
+    items
+}
+
+fn plain_bf16(m: &Matrix, data: Bytes) -> cpu::Matrix {
+    cpu::Matrix::Dense { element: DenseType::Bf16, n_rows: m.n_rows, n_cols: m.n_cols, data }
+}
+
+fn zstd_frames(codes: &[u8]) -> Result<Vec<(Vec<u8>, usize)>> {
+    let frames = codes.par_chunks(ZSTD_CHUNK_BYTES).map(|c| Ok((zstd::bulk::compress(c, ZSTD_LEVEL)?, c.len())));
+    frames.collect()
+}
+
+/// What a contender's figure is compared with.
+struct Peer {
+    name: String,
+    threads: usize,
+    basis: Basis,
+}
+
+enum Basis {
+    /// The two values.
+    Value,
+    /// The bytes that both read a second.
+    Bytes,
+    /// Tokens/s against passes/s over the matrices.
+    Passes,
+}
+
+struct Contender<'a> {
+    name: String,
+    threads: usize,
+    unit: &'static str,
+    /// Bytes read for each unit of the value.
+    bytes_per_unit: f64,
+    bits_per_weight: Option<f64>,
+    has_passes: bool,
+    peer: Peer,
+    /// Measures for about so many seconds: units a second.
+    run: Box<dyn FnMut(f64) -> Result<f64> + 'a>,
+    rounds: Vec<f64>,
+}
+
+impl Bench {
+    /// Runs all contenders in turns and compares their medians.
+    fn measure(&self, seconds: f64, n_rounds: usize, memory_bytes: usize) -> Result<Vec<Measurement>> {
+        let memory = vec![1u64; memory_bytes / size_of::<u64>()];
+        let models = self.models()?;
+        let thread_counts = if self.n_threads == 1 { vec![1] } else { vec![1, self.n_threads] };
+        let pools = thread_counts
+            .iter()
+            .map(|&n| Ok(Team { pool: ThreadPoolBuilder::new().num_threads(n).build()?, scratch: scratch(n) }))
+            .collect::<Result<Vec<_>>>()?;
+        let mut contenders = Vec::new();
+        for team in &pools {
+            self.add_memory(&mut contenders, team, &memory);
+            self.add_sweeps(&mut contenders, team);
+        }
+        let team = pools.last().expect("one pool at least");
+        self.add_encoders(&mut contenders, team)?;
+        for (name, model, bits_per_weight) in &models {
+            contenders.push(self.generation(name, model, *bits_per_weight));
+        }
+
+        for round in 1..=n_rounds {
+            eprintln!("round {round} of {n_rounds}");
+            for contender in &mut contenders {
+                let value = (contender.run)(seconds)?;
+                contender.rounds.push(value);
+            }
+        }
+        Ok(compare(&mut contenders, self.workload.weights_per_pass()))
+    }
+
+    fn add_memory<'a>(&'a self, contenders: &mut Vec<Contender<'a>>, team: &'a Team, memory: &'a [u64]) {
+        let read = move |n_streams: usize, prefetch: bool, bytes: usize| {
+            let part = (bytes / size_of::<u64>()).min(memory.len()) / team.n_threads();
+            let start = Instant::now();
+            team.pool.broadcast(|thread| {
+                let words = &memory[thread.index() * part..][..part];
+                black_box(read_memory(words, n_streams, prefetch));
+            });
+            (part * team.n_threads() * size_of::<u64>()) as f64 / start.elapsed().as_secs_f64()
+        };
+        let all = size_of_val(memory);
+        let ways = [1, 2, 4, 8, 16].into_iter().flat_map(|n_streams| [(n_streams, false), (n_streams, true)]);
+        let (best, _) = ways
+            .map(|(n_streams, prefetch)| ((n_streams, prefetch), read(n_streams, prefetch, all / 4)))
+            .max_by(|a, b| a.1.total_cmp(&b.1))
+            .expect("several ways");
+        contenders.push(Contender {
+            bytes_per_unit: 1.0,
+            peer: Peer { name: "memory.read".into(), threads: 1, basis: Basis::Value },
+            ..Contender::new("memory.read", team, "bytes/s", move |seconds| {
+                let start = Instant::now();
+                let mut rates = Vec::new();
+                while rates.is_empty() || start.elapsed().as_secs_f64() < seconds {
+                    rates.push(read(best.0, best.1, all));
+                }
+                // The mean over the time: of rates over equal amounts, the harmonic one.
+                Ok(rates.len() as f64 / rates.iter().map(|r| 1.0 / r).sum::<f64>())
+            })
+        });
+    }
+
+    /// The contenders that go over the workload's matrices, and zstd.
+    fn add_sweeps<'a>(&'a self, contenders: &mut Vec<Contender<'a>>, team: &'a Team) {
+        let bf16 = |name: &str| Peer { name: name.into(), threads: team.n_threads(), basis: Basis::Value };
+        let mut add = |name: String, bits_per_weight: f64, is_product: bool, peer: Peer, work: Work<'a>| {
+            let mut next = vec![0; self.workload.kinds.len()];
+            contenders.push(Contender {
+                bytes_per_unit: bits_per_weight / 8.0,
+                bits_per_weight: Some(bits_per_weight),
+                has_passes: is_product,
+                peer,
+                ..Contender::new(&name, team, "weights/s", move |seconds| self.sweep(team, &mut next, seconds, &work))
+            });
+        };
+        let memory = Peer { name: "memory.read".into(), threads: team.n_threads(), basis: Basis::Bytes };
+        add("matvec.bf16".into(), 16.0, true, memory, self.matvec_bf16());
+        let n_weights: usize = self.workload.matrices.iter().map(Matrix::n_weights).sum();
+        let int8_bytes: usize = self.int8[..self.workload.matrices.len()].iter().map(Int8Matrix::bytes).sum();
+        let int8_bits = 8.0 * int8_bytes as f64 / n_weights as f64;
+        add("matvec.int8".into(), int8_bits, true, bf16("matvec.bf16"), self.matvec_int8());
+        for encoded in &self.encoded {
+            let name = format!("matvec.encoded.{}", encoded.format);
+            add(name, encoded.bits_per_weight, true, bf16("matvec.bf16"), self.matvec_encoded(encoded));
+        }
+        for encoded in &self.encoded {
+            for cpu in Cpu::available() {
+                let name = format!("decode.{}.{cpu}", encoded.format);
+                add(name, encoded.bits_per_weight, false, bf16("decode.zstd"), self.decode(encoded, cpu));
+            }
+        }
+
+        let n_codes: usize = self.zstd.iter().map(|(_, n)| n).sum();
+        let bytes: usize = self.zstd.iter().map(|(frame, _)| frame.len()).sum();
+        let bits_per_weight = 8.0 * bytes as f64 / n_codes as f64;
+        contenders.push(Contender {
+            bytes_per_unit: bits_per_weight / 8.0,
+            bits_per_weight: Some(bits_per_weight),
+            peer: Peer { name: "memory.read".into(), threads: team.n_threads(), basis: Basis::Bytes },
+            ..Contender::new("decode.zstd", team, "weights/s", move |seconds| {
+                let mut n_done = 0;
+                let start = Instant::now();
+                while n_done == 0 || start.elapsed().as_secs_f64() < seconds {
+                    team.share(&self.zstd, |(frame, n), scratch| {
+                        zstd::bulk::decompress_to_buffer(frame, room(&mut scratch.codes, *n))?;
+                        Ok(())
+                    })?;
+                    n_done += n_codes;
+                }
+                Ok(n_done as f64 / start.elapsed().as_secs_f64())
+            })
+        });
+    }
+
+    /// Goes over groups of every kind in turn for about `seconds`, from where the last sweep stopped: weights a second
+    /// over a whole pass.
+    fn sweep(&self, team: &Team, next: &mut [usize], seconds: f64, work: &Work<'_>) -> Result<f64> {
+        let kinds = &self.workload.kinds;
+        let mut elapsed_s = vec![0.0; kinds.len()];
+        let mut n_turns = 0;
+        let start = Instant::now();
+        while n_turns == 0 || start.elapsed().as_secs_f64() < seconds {
+            for ((kind, next), elapsed_s) in kinds.iter().zip(&mut *next).zip(&mut elapsed_s) {
+                let group = &kind.groups[*next % kind.groups.len()];
+                *next += 1;
+                let start = Instant::now();
+                team.share(&group.tasks, work)?;
+                *elapsed_s += start.elapsed().as_secs_f64();
+            }
+            n_turns += 1;
+        }
+        let pass_s: f64 = kinds.iter().zip(&elapsed_s).map(|(k, s)| k.per_pass as f64 * s / f64::from(n_turns)).sum();
+        Ok(self.workload.weights_per_pass() as f64 / pass_s)
+    }
+
+    fn add_encoders<'a>(&'a self, contenders: &mut Vec<Contender<'a>>, team: &'a Team) -> Result<()> {
+        let matrices = &self.workload.matrices;
+        let fits = matrices.iter().filter(|m| m.n_weights() <= ENCODE_MAX_WEIGHTS);
+        let matrix = fits.max_by_key(|m| m.n_weights()).unwrap_or(&matrices[0]);
+        let tensor = matrix.tensor();
+        let codes: Vec<u8> = self.zstd_codes()?;
+        let peer = |name: &str| Peer { name: name.into(), threads: team.n_threads(), basis: Basis::Value };
+        for encoded in &self.encoded {
+            let options = EncodeOptions { format: encoded.format, ..EncodeOptions::default() };
+            let tensor = tensor.clone();
+            contenders.push(Contender {
+                bytes_per_unit: 2.0,
+                peer: peer("encode.zstd"),
+                ..Contender::new(&format!("encode.{}", encoded.format), team, "weights/s", move |seconds| {
+                    repeat(seconds, matrix.n_weights(), || {
+                        team.pool.install(|| Ok(drop(black_box(encode_tensor(&tensor, &options)?))))
+                    })
+                })
+            });
+        }
+        contenders.push(Contender {
+            bytes_per_unit: 1.0,
+            peer: peer("encode.zstd"),
+            ..Contender::new("encode.zstd", team, "weights/s", move |seconds| {
+                repeat(seconds, codes.len(), || team.pool.install(|| Ok(drop(black_box(zstd_frames(&codes)?)))))
+            })
+        });
+        Ok(())
+    }
+
+    /// Some INT8 codes.
+    fn zstd_codes(&self) -> Result<Vec<u8>> {
+        let frames = &self.zstd[..self.zstd.len().min(64)];
+        let codes =
+            frames.iter().map(|(frame, n)| Ok(zstd::bulk::decompress(frame, *n)?)).collect::<Result<Vec<_>>>()?;
+        Ok(codes.concat())
+    }
+
+    /// The whole model in BF16 and in each format: name, model, bits of a matrix's weight.
+    fn models(&self) -> Result<Vec<(String, Model, f64)>> {
+        let Some(whole) = &self.workload.model else { return Ok(Vec::new()) };
+        let options = LoadOptions { cpu: self.level, threads: self.n_threads, check: Checks::Metadata };
+        let load = |matrix: &dyn Fn(usize) -> Tensor| -> Result<Model> {
+            let mut tensors = whole.others.clone();
+            let names = self.workload.matrices.iter().map(|m| m.name.clone()).enumerate();
+            for (i, name) in names.chain(whole.aliases.iter().map(|(name, i)| (*i, name.clone()))) {
+                tensors.insert(name, matrix(i));
+            }
+            Ok(Model::from_source(whole.config.clone(), &tensors, &options)?)
+        };
+        eprintln!("loading the whole model in each form");
+        let mut models = vec![("generate.bf16".to_string(), load(&|i| self.workload.matrices[i].tensor())?, 16.0)];
+        for encoded in &self.encoded {
+            let model = load(&|i| {
+                let data = encoded.matrices[i].bytes().clone();
+                Tensor { name: self.workload.matrices[i].name.clone(), dtype: Dtype::U8, shape: vec![data.len()], data }
+            })?;
+            models.push((format!("generate.encoded.{}", encoded.format), model, encoded.bits_per_weight));
+        }
+        Ok(models)
+    }
+
+    fn generation<'a>(&'a self, name: &str, model: &'a Model, bits_per_weight: f64) -> Contender<'a> {
+        let (peer, basis) =
+            if name == "generate.bf16" { ("matvec.bf16", Basis::Passes) } else { ("generate.bf16", Basis::Value) };
+        let run = move |seconds: f64| -> Result<f64> {
+            let mut cache = model.new_cache(GENERATE_CAPACITY.min(model.config().max_positions))?;
+            let mut token = 1 % model.config().vocab_size as u32;
+            let mut n_tokens = 0;
+            let start = Instant::now();
+            while n_tokens < 2 || start.elapsed().as_secs_f64() < seconds {
+                if cache.len() == cache.capacity() {
+                    cache.reset();
+                }
+                let logits = model.forward(&[token], &mut cache, Logits::Last)?;
+                token = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0) as u32;
+                n_tokens += 1;
+            }
+            Ok(f64::from(n_tokens) / start.elapsed().as_secs_f64())
+        };
+        Contender {
+            name: name.into(),
+            threads: self.n_threads,
+            unit: "tokens/s",
+            bytes_per_unit: self.workload.weights_per_pass() as f64 * bits_per_weight / 8.0,
+            bits_per_weight: Some(bits_per_weight),
+            has_passes: false,
+            peer: Peer { name: peer.into(), threads: self.n_threads, basis },
+            run: Box::new(run),
+            rounds: Vec::new(),
+        }
+    }
+}
+
+impl<'a> Contender<'a> {
+    fn new(name: &str, team: &Team, unit: &'static str, run: impl FnMut(f64) -> Result<f64> + 'a) -> Self {
+        let threads = team.n_threads();
+        Self {
+            name: name.into(),
+            threads,
+            unit,
+            bytes_per_unit: 1.0,
+            bits_per_weight: None,
+            has_passes: false,
+            peer: Peer { name: name.into(), threads, basis: Basis::Value },
+            run: Box::new(run),
+            rounds: Vec::new(),
+        }
+    }
+}
+
+/// Threads that share tasks, each with its own scratch.
+struct Team {
+    pool: ThreadPool,
+    scratch: Vec<Mutex<Scratch>>,
+}
+
+fn scratch(n: usize) -> Vec<Mutex<Scratch>> {
+    std::iter::repeat_with(Mutex::default).take(n).collect()
+}
+
+impl Team {
+    fn n_threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    /// Works off `tasks`, each thread taking the next.
+    fn share<T: Sync>(&self, tasks: &[T], work: impl Fn(&T, &mut Scratch) -> Result<()> + Sync) -> Result<()> {
+        let next = AtomicUsize::new(0);
+        let results = self.pool.broadcast(|thread| {
+            let mut scratch = self.scratch[thread.index()].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                work(task, &mut scratch)?;
+                black_box(&mut *scratch);
+            }
+            Ok(())
+        });
+        results.into_iter().collect()
+    }
+}
+
+/// Repeats `work` for about `seconds`: units a second.
+fn repeat(seconds: f64, units: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut n = 0;
+    let start = Instant::now();
+    while n == 0 || start.elapsed().as_secs_f64() < seconds {
+        work()?;
+        n += 1;
+    }
+    Ok((n * units) as f64 / start.elapsed().as_secs_f64())
+}
+
+/// The medians, each with its ratio to the peer's, sorted by name.
+fn compare(contenders: &mut [Contender<'_>], weights_per_pass: usize) -> Vec<Measurement> {
+    for contender in &mut *contenders {
+        contender.rounds.sort_by(f64::total_cmp);
+    }
+    let median = |c: &Contender<'_>| c.rounds[c.rounds.len() / 2];
+    contenders
+        .iter()
+        .map(|c| {
+            let value = median(c);
+            let peer = contenders.iter().find(|p| p.name == c.peer.name && p.threads == c.peer.threads).unwrap_or(c);
+            let ratio = match c.peer.basis {
+                Basis::Value => value / median(peer),
+                Basis::Bytes => value * c.bytes_per_unit / (median(peer) * peer.bytes_per_unit),
+                Basis::Passes => value * weights_per_pass as f64 / median(peer),
+            };
+            Measurement {
+                name: c.name.clone(),
+                threads: c.threads,
+                value,
+                unit: c.unit,
+                ratio,
+                ratio_to: if c.peer.threads == c.threads {
+                    peer.name.clone()
+                } else {
+                    format!("{} with {} thread", peer.name, peer.threads)
+                },
+                spread: (c.rounds[c.rounds.len() - 1] - c.rounds[0]) / value,
+                bytes_per_s: value * c.bytes_per_unit,
+                bits_per_weight: c.bits_per_weight,
+                passes_per_s: c.has_passes.then(|| value / weights_per_pass as f64),
+            }
+        })
+        .collect()
+}
+
+fn print_table(report: &Report) {
+    println!("{}", report.workload);
+    println!(
+        "{:.1} M weights a pass, {} {} in memory; products at level {}",
+        report.weights_per_pass as f64 / 1e6,
+        report.copies,
+        if report.copies == 1 { "copy" } else { "copies" },
+        report.cpu
+    );
+    for check in &report.checks {
+        println!("verified: {check}");
+    }
+    println!();
+    println!(
+        "{:<22} {:>7} {:>19} {:>7} {:>8} {:>12} {:>9}  ratio",
+        "", "threads", "", "spread", "passes/s", "bits/weight", "GB/s/core"
+    );
+    for m in &report.results {
+        let (value, unit) = match m.unit {
+            "weights/s" => (m.value / 1e9, "G weights/s"),
+            "bytes/s" => (m.value / 1e9, "GB/s"),
+            unit => (m.value, unit),
+        };
+        let optional = |x: Option<f64>| x.map_or(String::new(), |x| format!("{x:.2}"));
+        println!(
+            "{:<22} {:>7} {value:>7.3} {unit:<11} {:>5.0} % {:>8} {:>12} {:>9.2}  {:.3} of {}",
+            m.name,
+            m.threads,
+            100.0 * m.spread,
+            optional(m.passes_per_s),
+            optional(m.bits_per_weight),
+            m.bytes_per_s / 1e9 / m.threads as f64,
+            m.ratio,
+            m.ratio_to
+        );
+    }
+}

@@ -1,0 +1,159 @@
+//! `codecllm.json`: what an archive was made from, how, and the hash of every file.
+
+use crate::error::{Error, Result};
+use crate::format::{Coder, Format, ScaleMode};
+use crate::{EncodeOptions, Prefer};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+/// The provenance's file name.
+pub const PROVENANCE_FILE: &str = "codecllm.json";
+/// The version of the tensor format, as `docs/format.md` numbers it.
+const FORMAT_VERSION: &str = "1.0";
+const HASH_CHUNK_BYTES: usize = 1 << 20;
+
+/// A file, by its name within the directory and its content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileRecord {
+    /// Its name.
+    pub file: String,
+    /// Its length.
+    pub bytes: u64,
+    /// SHA-256 in hexadecimal.
+    pub sha256: String,
+}
+
+impl FileRecord {
+    /// Reads and hashes `dir/file`.
+    pub(super) fn of(dir: &Path, file: &str) -> Result<Self> {
+        let path = dir.join(file);
+        let (bytes, sha256) = hash_file(&path)?;
+        Ok(Self { file: file.into(), bytes, sha256 })
+    }
+}
+
+fn hash_file(path: &Path) -> Result<(u64, String)> {
+    let io_error = |e| Error::io(path, e);
+    let mut file = File::open(path).map_err(io_error)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; HASH_CHUNK_BYTES];
+    let mut bytes = 0;
+    loop {
+        let n = file.read(&mut buffer).map_err(io_error)?;
+        if n == 0 {
+            return Ok((bytes, hex(&hasher.finalize())));
+        }
+        hasher.update(&buffer[..n]);
+        bytes += n as u64;
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The options that an archive was made with, as far as its bytes depend on them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Number format.
+    pub format: Format,
+    /// What shares a scale; none where the format has no scales.
+    pub scale: Option<ScaleMode>,
+    /// Entropy coder.
+    pub coder: Coder,
+    /// What the encoder favoured.
+    pub prefer: Prefer,
+    /// Which matrices are encoded, as [`super::Layers`] spells it.
+    pub layers: String,
+}
+
+impl Settings {
+    pub(super) fn new(encode: &EncodeOptions, layers: &super::Layers) -> Self {
+        let EncodeOptions { format, scale, coder, prefer } = *encode;
+        Self { format, scale: (!format.is_lossless()).then_some(scale), coder, prefer, layers: layers.to_string() }
+    }
+
+    /// `quantization_config` of the archive's `config.json`.
+    pub(super) fn quantization_config(&self) -> serde_json::Value {
+        serde_json::json!({
+            "quant_method": "codecllm",
+            "version": FORMAT_VERSION,
+            "format": self.format,
+            "coder": self.coder,
+            "scale": self.scale,
+            "layers": self.layers,
+        })
+    }
+}
+
+/// What an archive was made from, how, and what it consists of. It holds no dates and no paths: the same source and
+/// options make the same archive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Provenance {
+    /// `codecllm`.
+    pub tool: String,
+    /// The tool's version.
+    pub version: String,
+    /// The version of the tensor format.
+    pub format_version: String,
+    /// The options.
+    pub options: Settings,
+    /// The files of the source that were read.
+    pub source: Vec<FileRecord>,
+    /// The files of the archive, but for this one.
+    pub files: Vec<FileRecord>,
+    /// SHA-256 of this file's text with this field empty, so that damage to the hashes themselves shows.
+    pub sha256: String,
+}
+
+impl Provenance {
+    pub(super) fn new(options: Settings, source: Vec<FileRecord>, files: Vec<FileRecord>) -> Self {
+        let mut provenance = Self {
+            tool: "codecllm".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            format_version: FORMAT_VERSION.into(),
+            options,
+            source,
+            files,
+            sha256: String::new(),
+        };
+        provenance.sha256 = provenance.own_hash();
+        provenance
+    }
+
+    fn own_hash(&self) -> String {
+        hex(&Sha256::digest(Self { sha256: String::new(), ..self.clone() }.to_text()))
+    }
+
+    pub(super) fn to_text(&self) -> String {
+        to_pretty_json(self)
+    }
+
+    /// Reads `codecllm.json` of an archive.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is malformed, or does not match its own hash.
+    pub fn open(archive: &Path) -> Result<Self> {
+        let path = archive.join(PROVENANCE_FILE);
+        let bad = |problem: String| Error::format(path.display().to_string(), problem);
+        let text = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+        let provenance: Self = serde_json::from_slice(&text).map_err(|e| bad(format!("not a provenance: {e}")))?;
+        if provenance.to_text().as_bytes() != text || provenance.sha256 != provenance.own_hash() {
+            return Err(bad("it does not match its own SHA-256: it is damaged, or was edited".into()));
+        }
+        Ok(provenance)
+    }
+}
+
+/// JSON as the archive's files hold it: indented, with a newline at the end.
+pub(super) fn to_pretty_json(value: &impl Serialize) -> String {
+    let mut text = serde_json::to_string_pretty(value).expect("keys are strings and no value fails to serialize");
+    text.push('\n');
+    text
+}

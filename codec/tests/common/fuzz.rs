@@ -1,0 +1,50 @@
+//! What the fuzz targets do with their input; `tests/fuzz_corpus.rs` replays the corpus through the same functions.
+#![allow(dead_code)] // each binary uses its own part
+
+use bytes::Bytes;
+use codecllm_codec::block::Params;
+use codecllm_codec::quantize::quantize;
+use codecllm_codec::{Checks, Cpu, Dtype, EncodedTensor, Format, Operand, ScaleMode, Tensor, encode_with_params};
+
+/// Any bytes: every decoder must do as the plain one does, be it codes or an error, and stay in bounds.
+pub fn encoded_tensor(data: &[u8]) {
+    let Ok(encoded) = EncodedTensor::parse(Bytes::copy_from_slice(data), Checks::None) else { return };
+    let (n_rows, n_cols) = (encoded.n_rows(), encoded.n_cols());
+    if n_rows.saturating_mul(n_cols) > 1 << 18 {
+        return;
+    }
+    let expected = encoded.decode_codes(Cpu::Scalar).ok();
+    let x = Operand::new(&vec![0.25; 2 * n_cols], n_cols);
+    for cpu in Cpu::available() {
+        assert_eq!(encoded.decode_codes(cpu).ok(), expected, "{cpu}");
+        let product = encoded.product(cpu, &x, 0..n_rows, &mut vec![0.0; 2 * n_rows]);
+        assert_eq!(product.is_ok(), expected.is_some(), "{cpu}");
+    }
+}
+
+/// Parameters and weights from the bytes: what is encoded decodes.
+pub fn round_trip(data: &[u8]) {
+    let Some((&[a, b, c, d, e, f, g, h], rest)) = data.split_first_chunk::<8>() else { return };
+    let format = Format::ALL[usize::from(a) % 3];
+    let params = Params {
+        parts_per_symbol: 1 << (b % 4),
+        table_bits: 5 + u32::from(c) % 10,
+        raw_bits: u32::from(d) % 16,
+        part_bits: 1 + u32::from(e) % 15,
+        block_cols: 32 * (1 + u32::from(f) % 4),
+        bias: if format == Format::Bf16 { i32::from(g) << 7 } else { 0 },
+    };
+    let n_cols = 1 + usize::from(h) % 100;
+    let n_rows = rest.len() / 2 / n_cols;
+    if params.validate(format).is_err() || n_rows == 0 || n_rows > 100 {
+        return;
+    }
+    let data = Bytes::copy_from_slice(&rest[..2 * n_rows * n_cols]);
+    let t = Tensor { name: "w".into(), dtype: Dtype::Bf16, shape: vec![n_rows, n_cols], data };
+    let Ok(expected) = quantize(&t, format, ScaleMode::Channel) else { return };
+    let bytes = encode_with_params(&t, format, ScaleMode::Channel, params).expect("a quantizable tensor encodes");
+    let encoded = EncodedTensor::parse(bytes.into(), Checks::Full).expect("what was encoded parses");
+    for cpu in Cpu::available() {
+        assert!(encoded.decode_codes(cpu).expect("what was encoded decodes") == expected.codes, "{cpu} {params:?}");
+    }
+}
