@@ -183,3 +183,141 @@ impl TextStream<'_> {
         Ok(text.split_off(common))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// A token for every byte, and `<s>` and `</s>`; `template` is what the post-processor makes of a text.
+    fn bytes_tokenizer(template: &[&str], settings: Option<&str>) -> Result<Tokenizer> {
+        let mut alphabet: Vec<_> = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
+        alphabet.sort_unstable();
+        let vocab: serde_json::Map<_, _> =
+            alphabet.iter().enumerate().map(|(i, c)| (c.to_string(), json!(i + 2))).collect();
+        let special = |id: u32, text: &str| {
+            json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": false, "special": true})
+        };
+        let piece = |name: &&str| match *name {
+            "A" => json!({"Sequence": {"id": "A", "type_id": 0}}),
+            name => json!({"SpecialToken": {"id": name, "type_id": 0}}),
+        };
+        let byte_level =
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+        let json = json!({
+            "version": "1.0",
+            "added_tokens": [special(0, "<s>"), special(1, "</s>")],
+            "pre_tokenizer": byte_level,
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": template.iter().map(piece).collect::<Vec<_>>(),
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+            },
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        });
+        Tokenizer::from_json(&json.to_string(), settings)
+    }
+
+    /// Words behind `▁`, bytes for everything else, and a decoder that drops the space before the first word.
+    fn words_tokenizer() -> Tokenizer {
+        let mut vocab = serde_json::Map::new();
+        for (i, word) in ["<unk>", "▁a", "▁b"].iter().enumerate() {
+            vocab.insert(word.to_string(), json!(i));
+        }
+        for byte in 0..=255u32 {
+            vocab.insert(format!("<0x{byte:02X}>"), json!(byte + 3));
+        }
+        let json = json!({
+            "version": "1.0",
+            "added_tokens": [],
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ]},
+            "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>", "byte_fallback": true},
+        });
+        Tokenizer::from_json(&json.to_string(), None).unwrap()
+    }
+
+    #[test]
+    fn add_bos_token_decides_else_the_post_processor() {
+        const SETTINGS: &str = r#"{"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": ADD}"#;
+        let settings = |add: &str| SETTINGS.replace("ADD", add);
+        for (template, add, expected) in [
+            (&["A"][..], "null", false),
+            (&["A"], "false", false),
+            (&["A"], "true", true),
+            (&["<s>", "A"], "null", true),
+            (&["<s>", "A"], "false", false),
+            (&["<s>", "A"], "true", true),
+        ] {
+            let tokenizer = bytes_tokenizer(template, Some(&settings(add))).unwrap();
+            assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(0), Some(1)));
+            let bare = tokenizer.encode("<s>x", false).unwrap();
+            assert_eq!((bare.len(), bare[0]), (2, 0), "special tokens in the text count as such");
+            let full = tokenizer.encode("<s>x", true).unwrap();
+            assert_eq!(full.len(), 2 + usize::from(expected), "{template:?}, add_bos_token {add}");
+            assert_eq!(full[full.len() - 2..], bare);
+            assert_eq!(tokenizer.encode_prompt("").unwrap(), [0]);
+        }
+        let tokenizer = bytes_tokenizer(&["A"], None).unwrap();
+        assert_eq!((tokenizer.bos(), tokenizer.encode_prompt("").unwrap()), (None, vec![]));
+    }
+
+    #[test]
+    fn a_stream_gives_out_whole_characters_and_all_of_the_text() {
+        let tokenizer = bytes_tokenizer(&["A"], None).unwrap();
+        for text in ["plain", "é", "naïve 漢字 \u{1f980}\u{1f468}\u{200d}\u{1f469} end", "a\u{FFFD}b", "\u{FFFD}"] {
+            let ids = tokenizer.encode(text, false).unwrap();
+            assert_eq!(ids.len(), text.len(), "a token a byte");
+            for prompt in [&[][..], &tokenizer.encode("before 漢", false).unwrap()] {
+                let mut stream = tokenizer.stream(prompt);
+                let mut pieces: Vec<_> = ids.iter().map(|id| stream.push(*id).unwrap()).collect();
+                pieces.push(stream.finish().unwrap());
+                assert_eq!(pieces.concat(), text);
+                if !text.contains(char::REPLACEMENT_CHARACTER) {
+                    assert!(pieces.iter().all(|piece| piece.chars().count() <= 1), "{pieces:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_that_never_become_a_character_are_replaced() {
+        let tokenizer = bytes_tokenizer(&["A"], None).unwrap();
+        let crab = tokenizer.encode("\u{1f980}x", false).unwrap();
+        let mut stream = tokenizer.stream(&[]);
+        let (lead, last) = (crab[0], crab[4]);
+        assert_eq!(stream.push(lead).unwrap(), "");
+        assert_eq!(stream.push(last).unwrap(), "\u{FFFD}x");
+        assert_eq!(stream.push(lead).unwrap(), "");
+        assert_eq!(stream.finish().unwrap(), "\u{FFFD}");
+    }
+
+    #[test]
+    fn a_generated_word_keeps_its_space() {
+        let tokenizer = words_tokenizer();
+        assert_eq!(tokenizer.decode(&[1, 2]).unwrap(), "a b");
+        let mut stream = tokenizer.stream(&[1]);
+        let e_acute = [0xC3 + 3, 0xA9 + 3];
+        let pieces: Vec<_> = [2, 1, e_acute[0], e_acute[1], 2].iter().map(|id| stream.push(*id).unwrap()).collect();
+        assert_eq!(pieces, [" b", " a", "", "é", " b"]);
+    }
+
+    #[test]
+    fn bad_files_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = Tokenizer::open(dir.path()).err().unwrap().to_string();
+        assert!(error.contains("tokenizer.json") && error.contains("no such file"), "{error}");
+        let error = Tokenizer::from_json("{}", None).err().unwrap().to_string();
+        assert!(error.contains("tokenizer.json"), "{error}");
+        let error = bytes_tokenizer(&["A"], Some(r#"{"bos_token": "<bos>"}"#)).err().unwrap().to_string();
+        assert!(error.contains("tokenizer_config.json") && error.contains("<bos>"), "{error}");
+        assert!(bytes_tokenizer(&["A"], Some(r#"{"add_bos_token": true}"#)).is_err());
+    }
+}

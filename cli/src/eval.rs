@@ -1,0 +1,170 @@
+//! `codecllm eval`.
+
+use crate::model::{self, MachineArgs};
+use crate::output::{self, CliResult};
+use codecllm_engine::evaluate::{
+    DEFAULT_GREEDY_TOKENS, DEFAULT_WINDOW, Evaluation, GreedyComparison, compare_greedy, text_tokens,
+};
+use codecllm_engine::{Tokenizer, evaluate};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Measure a model on a text, and how far it is from a baseline
+///
+/// Perplexity: the text becomes one sequence of tokens (the token that begins a text, where the tokenizer has one, then
+/// the file), cut into windows that run alone; every token of a window but its first is predicted.
+///
+/// With --baseline, both models run side by side: mean KL divergence KL(baseline || model) in nats per token, share of
+/// tokens for which both find the same one the likeliest, and whether greedy continuations of ten fixed prompts are
+/// identical.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Directory of an archive or a checkpoint, or a Hugging Face repository id (OWNER/NAME)
+    #[arg(value_name = "MODEL")]
+    model: String,
+    /// UTF-8 text; documents may be separated by the tokenizer's special token, spelled out
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// The model to compare with, most often the checkpoint that the archive was made from
+    #[arg(long, value_name = "SRC")]
+    baseline: Option<String>,
+    /// Only the first N tokens of the text [default: all]
+    #[arg(long, value_name = "N")]
+    tokens: Option<usize>,
+    /// Tokens of a window
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_WINDOW)]
+    window: usize,
+    /// Tokens of each greedy continuation; 0 leaves the continuations out
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_GREEDY_TOKENS)]
+    greedy_tokens: usize,
+    #[command(flatten)]
+    machine: MachineArgs,
+    /// Print a JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  codecllm eval tiny.int8 --text wiki.txt --tokens 50000
+  codecllm eval tiny.int8 --text wiki.txt --baseline ./TinyLlama-1.1B --json";
+
+#[derive(Serialize)]
+struct Outcome {
+    /// Predictions: tokens less one a window.
+    n_tokens: usize,
+    window: usize,
+    perplexity: f64,
+    baseline_perplexity: Option<f64>,
+    /// Nats per token.
+    kld_mean: Option<f64>,
+    top1_equal: Option<f64>,
+    /// How many of the continuations are identical, and of how many.
+    greedy_identical: Option<usize>,
+    greedy_prompts: Option<usize>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    greedy: Vec<Greedy>,
+}
+
+#[derive(Serialize)]
+struct Greedy {
+    prompt: &'static str,
+    /// Counted from 0 in the generated tokens; `null` where all are equal.
+    first_difference: Option<usize>,
+    text: String,
+    baseline_text: String,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> CliResult {
+    let load = args.machine.apply()?;
+    let text = std::fs::read_to_string(&args.text).map_err(|e| format!("{}: {e}", args.text.display()))?;
+    let (dir, model) = model::open(&args.model, &load)?;
+    let tokenizer = Tokenizer::open(&dir)?;
+    let baseline = args.baseline.as_ref().map(|name| model::open(name, &load)).transpose()?.map(|(_, model)| model);
+    let mut tokens = text_tokens(&tokenizer, &text)?;
+    tokens.truncate(args.tokens.unwrap_or(usize::MAX));
+
+    output::catch_ctrl_c()?;
+    let bar = progress_bar("evaluating", "tokens", tokens.len());
+    let evaluation = evaluate(&model, baseline.as_ref(), &tokens, args.window, advance(&bar))?;
+    bar.finish_and_clear();
+    let mut greedy = Vec::new();
+    if let Some(baseline) = baseline.as_ref().filter(|_| args.greedy_tokens > 0) {
+        let bar = progress_bar("continuing", "prompts", codecllm_engine::evaluate::GREEDY_PROMPTS.len());
+        greedy = compare_greedy(&model, baseline, &tokenizer, args.greedy_tokens, advance(&bar))?;
+        bar.finish_and_clear();
+    }
+    if output::is_stopped() {
+        return Err(codecllm_codec::Error::Interrupted.into());
+    }
+
+    let outcome = Outcome::new(evaluation, greedy, args.window);
+    if args.json {
+        output::print_json(&outcome)?;
+    } else {
+        outcome.print()?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn progress_bar(doing: &'static str, unit: &'static str, len: usize) -> ProgressBar {
+    let template = format!("{{prefix}} {{bar:24}} {{pos}}/{{len}} {unit}  {{eta}} left");
+    let style = ProgressStyle::with_template(&template).expect("the template is well-formed");
+    ProgressBar::new(len as u64).with_prefix(doing).with_style(style)
+}
+
+fn advance(bar: &ProgressBar) -> impl FnMut(usize) -> ControlFlow<()> {
+    |n_done| {
+        bar.set_position(n_done as u64);
+        if output::is_stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+}
+
+impl Outcome {
+    fn new(evaluation: Evaluation, greedy: Vec<GreedyComparison>, window: usize) -> Self {
+        let is_identical = |g: &&GreedyComparison| g.first_difference.is_none();
+        let comparison = evaluation.comparison;
+        Self {
+            n_tokens: evaluation.n_tokens,
+            window,
+            perplexity: evaluation.perplexity,
+            baseline_perplexity: comparison.map(|c| c.baseline_perplexity),
+            kld_mean: comparison.map(|c| c.kld_mean),
+            top1_equal: comparison.map(|c| c.top1_equal),
+            greedy_identical: (!greedy.is_empty()).then(|| greedy.iter().filter(is_identical).count()),
+            greedy_prompts: (!greedy.is_empty()).then_some(greedy.len()),
+            greedy: greedy.into_iter().map(Greedy::from).collect(),
+        }
+    }
+
+    fn print(&self) -> Result<(), output::Error> {
+        output::print(format_args!("perplexity           {:.4}  ({} predictions)", self.perplexity, self.n_tokens))?;
+        if let (Some(baseline), Some(kld), Some(top1)) = (self.baseline_perplexity, self.kld_mean, self.top1_equal) {
+            output::print(format_args!("baseline perplexity  {baseline:.4}"))?;
+            output::print(format_args!("mean KL divergence   {kld:.3e} nats per token"))?;
+            output::print(format_args!("same likeliest token {:.2} %", 100.0 * top1))?;
+        }
+        if let (Some(identical), Some(prompts)) = (self.greedy_identical, self.greedy_prompts) {
+            output::print(format_args!("identical greedy continuations: {identical} of {prompts}"))?;
+        }
+        for Greedy { prompt, first_difference, text, baseline_text } in &self.greedy {
+            if let Some(at) = first_difference {
+                output::print(format_args!("  `{prompt}` first differs at token {at}"))?;
+                output::print(format_args!("    model:    {text:?}\n    baseline: {baseline_text:?}"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl From<GreedyComparison> for Greedy {
+    fn from(greedy: GreedyComparison) -> Self {
+        let GreedyComparison { prompt, text, baseline_text, first_difference } = greedy;
+        Self { prompt, first_difference, text, baseline_text }
+    }
+}
