@@ -51,7 +51,7 @@ pub struct Args {
     #[arg(long)]
     force: bool,
     /// Revision of a Hugging Face repository: a branch, tag or commit
-    #[arg(long, default_value = "main")]
+    #[arg(long, default_value = hub::DEFAULT_REVISION)]
     revision: String,
     /// Threads [default: every core]
     #[arg(long, value_name = "N")]

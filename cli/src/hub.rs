@@ -8,6 +8,9 @@ use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use std::path::{Path, PathBuf};
 
+/// The revision of a repository where the user names none.
+pub const DEFAULT_REVISION: &str = "main";
+
 /// The directory of a checkpoint that the user names by path or by repository id; downloads what the cache lacks.
 ///
 /// # Errors

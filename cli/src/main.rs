@@ -2,9 +2,13 @@
 
 mod bench;
 mod compress;
+mod demo;
+mod eval;
 mod hub;
 mod inspect;
+mod model;
 mod output;
+mod run;
 mod verify;
 
 use clap::{Parser, Subcommand};
@@ -23,9 +27,11 @@ struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
+  codecllm demo                                       see it all on a small model that is part of this program
   codecllm compress ./TinyLlama-1.1B -o tiny.int8     compress a checkpoint to int8
   codecllm verify tiny.int8 --source ./TinyLlama-1.1B prove that it holds what it should
   codecllm inspect tiny.int8                          see where its bytes go
+  codecllm run tiny.int8 -p 'Once upon a time'        run it from the compressed weights
 
 Exit codes: 0 success, 1 failure, 2 usage error or could not check, 130 interrupted";
 
@@ -34,7 +40,10 @@ enum Command {
     Compress(compress::Args),
     Verify(verify::Args),
     Inspect(inspect::Args),
+    Run(run::Args),
+    Eval(eval::Args),
     Bench(bench::Args),
+    Demo(demo::Args),
 }
 
 fn main() -> ExitCode {
@@ -42,7 +51,10 @@ fn main() -> ExitCode {
         Command::Compress(args) => compress::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Run(args) => run::run(args),
+        Command::Eval(args) => eval::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Demo(args) => demo::run(args),
     };
     result.unwrap_or_else(|e| output::fail(e.as_ref()))
 }

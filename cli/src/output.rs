@@ -19,7 +19,7 @@ const FAILED: u8 = 1;
 /// Exit code of a wrong use, and of a check that could not be made.
 pub const UNUSABLE: u8 = 2;
 /// Exit code after Ctrl-C: 128 and SIGINT's number.
-const INTERRUPTED: u8 = 130;
+pub const INTERRUPTED: u8 = 130;
 
 /// Prints to standard output, with a newline. A reader that has gone away ends the output, not the command.
 pub fn print(text: impl std::fmt::Display) -> Result<(), Error> {

@@ -114,7 +114,9 @@ pub fn run(args: Args) -> CliResult {
     let mut stdout = io::stdout().lock();
     let mut write_error = None;
     let generation = generate(&model, &tokenizer, &prompt, &options, |piece| {
-        if !args.json && let Err(e) = stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush()) {
+        if !args.json
+            && let Err(e) = stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush())
+        {
             write_error = Some(e);
             return ControlFlow::Break(());
         }

@@ -193,8 +193,8 @@ mod tests {
     fn bytes_tokenizer(template: &[&str], settings: Option<&str>) -> Result<Tokenizer> {
         let mut alphabet: Vec<_> = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
         alphabet.sort_unstable();
-        let vocab: serde_json::Map<_, _> =
-            alphabet.iter().enumerate().map(|(i, c)| (c.to_string(), json!(i + 2))).collect();
+        let texts = ["<s>".into(), "</s>".into()].into_iter().chain(alphabet.iter().map(char::to_string));
+        let vocab: serde_json::Map<_, _> = texts.zip(0..).map(|(text, id)| (text, json!(id))).collect();
         let special = |id: u32, text: &str| {
             json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
                    "normalized": false, "special": true})

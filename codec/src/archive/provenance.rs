@@ -30,7 +30,7 @@ pub struct FileRecord {
 
 impl FileRecord {
     /// Reads and hashes `dir/file`.
-    pub(super) fn of(dir: &Path, file: &str) -> Result<Self> {
+    pub fn of(dir: &Path, file: &str) -> Result<Self> {
         let path = dir.join(file);
         let (bytes, sha256) = hash_file(&path)?;
         Ok(Self { file: file.into(), bytes, sha256 })
