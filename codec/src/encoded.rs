@@ -8,6 +8,7 @@ use crate::cpu::Cpu;
 use crate::entropy::{FrequencyTable, TableChoice, Transition, choose_table};
 use crate::error::{Error, Result};
 use crate::format::{Coder, Format, ScaleMode};
+#[cfg(target_arch = "x86_64")]
 use crate::product::decode_dense;
 use crate::quantize::{Codes, Scales, code_value, matrix_shape, quantize, scale_of};
 use crate::simd::{Plan, Quads};
@@ -651,23 +652,24 @@ impl EncodedTensor {
     }
 
     /// The codes of block row `i` (`rows × n_cols`, row-major), through the decoder for `cpu`.
-    fn decode_row_block<T: CodeType>(&self, cpu: Cpu, i: usize, out: &mut [T]) -> Result<()> {
+    fn decode_row_block<T: CodeType>(&self, cpu: Cpu, i: usize, scratch: &mut Scratch, out: &mut [T]) -> Result<()> {
+        #[cfg(target_arch = "x86_64")]
+        if cpu != Cpu::Scalar {
+            return decode_dense(self, cpu, i, &mut scratch.quads, out);
+        }
+        let _ = cpu;
         let geometry = self.geometry();
         let n_rows = geometry.rows(i).len();
-        let (mut codes, mut quads) = (Vec::new(), Quads::default());
+        let codes = &mut scratch.codes;
         for j in 0..geometry.n_col_blocks() {
             let cols = geometry.cols(j);
-            if cpu != Cpu::Scalar {
-                decode_dense(self, cpu, i, j, &mut quads, out)?;
-                continue;
-            }
             codes.resize(BLOCK_ROWS * cols.len(), 0u16);
             decode_block(
                 self.header.format,
                 &self.header.params,
                 &self.tables().transitions,
                 &self.block(i, j),
-                &mut codes,
+                codes,
             )?;
             for (row, codes) in codes.chunks_exact(cols.len()).take(n_rows).enumerate() {
                 let out = &mut out[row * geometry.n_cols..][cols.clone()];
@@ -725,8 +727,9 @@ impl EncodedTensor {
             return Ok(());
         }
         let first_block = rows.start / BLOCK_ROWS;
+        let mut scratch = Scratch::default();
         let mut blocks = out.chunks_mut(BLOCK_ROWS * n_cols).enumerate();
-        blocks.try_for_each(|(i, out)| self.decode_row_block(cpu, first_block + i, out))
+        blocks.try_for_each(|(i, out)| self.decode_row_block(cpu, first_block + i, &mut scratch, out))
     }
 
     /// The codes of a run of rows.
@@ -742,7 +745,9 @@ impl EncodedTensor {
         codes
             .par_chunks_mut(BLOCK_ROWS * n_cols)
             .enumerate()
-            .try_for_each(|(i, out)| self.decode_row_block(cpu, first_block + i, out))?;
+            .try_for_each_init(Scratch::default, |scratch, (i, out)| {
+                self.decode_row_block(cpu, first_block + i, scratch, out)
+            })?;
         codes.truncate((rows.end - first_row) * n_cols);
         codes.drain(..(rows.start - first_row) * n_cols);
         Ok(codes)
@@ -841,11 +846,23 @@ pub enum CodesMut<'a> {
 }
 
 /// The two integers that codes are kept in.
+/// What a thread reuses from block to block of a dense decode.
+#[derive(Default)]
+struct Scratch {
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    quads: [Quads; 2],
+    codes: Vec<u16>,
+}
+
 pub(crate) trait CodeType: Copy + Default + Send + Sync + Into<u16> {
     fn from_code(code: u16) -> Self;
     fn from_bytes(bytes: &[u8]) -> Self;
-    /// One row of decoded quads, with the bias added.
-    fn read_row(quads: &Quads, row: usize, bias: u16, out: &mut [Self]);
+    /// Decoded quads as rows of codes, with the bias added: row `r` at `out[r · stride..]`, `n_cols` codes each.
+    ///
+    /// # Safety
+    /// The machine has AVX2.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn from_quads(quads: &Quads, bias: i32, n_cols: usize, out: &mut [Self], stride: usize, n_rows: usize);
 }
 
 impl CodeType for u8 {
@@ -857,15 +874,10 @@ impl CodeType for u8 {
         bytes[0]
     }
 
-    fn read_row(quads: &Quads, row: usize, bias: u16, out: &mut [Self]) {
-        let (whole, rest) = out.as_chunks_mut::<4>();
-        whole.iter_mut().zip(&quads.low).for_each(|(o, quad)| *o = quad[row]);
-        if let Some(quad) = quads.low.get(whole.len()) {
-            rest.iter_mut().zip(quad[row]).for_each(|(o, code)| *o = code);
-        }
-        if bias != 0 {
-            out.iter_mut().for_each(|o| *o = o.wrapping_add(bias as u8));
-        }
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn from_quads(quads: &Quads, bias: i32, n_cols: usize, out: &mut [Self], stride: usize, n_rows: usize) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { crate::simd::avx2::quads_to_u8(quads, bias, n_cols, out, stride, n_rows) }
     }
 }
 
@@ -878,12 +890,10 @@ impl CodeType for u16 {
         u16::from_le_bytes([bytes[0], bytes[1]])
     }
 
-    fn read_row(quads: &Quads, row: usize, bias: u16, out: &mut [Self]) {
-        for (out, (low, high)) in out.chunks_mut(4).zip(quads.low.iter().zip(&quads.high)) {
-            for (o, bytes) in out.iter_mut().zip(low[row].into_iter().zip(high[row])) {
-                *o = u16::from_le_bytes(bytes.into()).wrapping_add(bias);
-            }
-        }
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn from_quads(quads: &Quads, bias: i32, n_cols: usize, out: &mut [Self], stride: usize, n_rows: usize) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { crate::simd::avx2::quads_to_u16(quads, bias, n_cols, out, stride, n_rows) }
     }
 }
 

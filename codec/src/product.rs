@@ -321,7 +321,7 @@ impl EncodedTensor {
         let ok = match cpu {
             // SAFETY: `Cpu` values are made for what the machine has; `block` comes from a validated tensor.
             #[cfg(target_arch = "x86_64")]
-            Cpu::Avx512 => unsafe { crate::simd::avx512::decode_quads(plan, entries, block, quads) },
+            Cpu::Avx512 => unsafe { crate::simd::avx512::decode_quads(plan, entries, [block], std::array::from_mut(quads)) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Cpu::Avx2 => unsafe { crate::simd::avx2::decode_quads(plan, entries, block, quads) },
@@ -451,24 +451,43 @@ fn eight<T>(items: &mut [T]) -> [&mut T; 8] {
     items.first_chunk_mut::<8>().expect("eight are left").each_mut()
 }
 
-/// Block (i, j) of `t` into its place in the row block `out` (rows × n_cols), by a SIMD decoder.
+/// Row block `i` of `t` into `out` (rows × n_cols), by a SIMD decoder.
+#[cfg(target_arch = "x86_64")]
 pub(crate) fn decode_dense<T: CodeType>(
     t: &EncodedTensor,
     cpu: Cpu,
     i: usize,
-    j: usize,
-    quads: &mut Quads,
+    quads: &mut [Quads; 2],
     out: &mut [T],
 ) -> Result<()> {
-    let (geometry, block) = (t.geometry(), t.block(i, j));
-    let cols = geometry.cols(j);
-    t.decode_quads(cpu, &block, quads)?;
-    for row in 0..geometry.rows(i).len() {
-        let out = &mut out[row * geometry.n_cols..][cols.clone()];
-        T::read_row(quads, row, geometry.params.bias as u16, out);
-    }
-    for patch in block.patches() {
-        out[patch.row() * geometry.n_cols + cols.start + patch.col()] = T::from_code(patch.code());
+    let geometry = t.geometry();
+    let n_rows = geometry.rows(i).len();
+    let mut j = 0;
+    while j < geometry.n_col_blocks() {
+        let block = t.block(i, j);
+        // Two blocks side by side, where the next is as wide.
+        let next = (cpu == Cpu::Avx512 && j + 1 < geometry.n_col_blocks()).then(|| t.block(i, j + 1));
+        let next = next.filter(|next| next.n_cols == block.n_cols);
+        let blocks = [Some(block), next];
+        match &blocks {
+            [Some(a), Some(b)] => {
+                // SAFETY: `Cpu` values are made for what the machine has; the blocks come from a validated tensor.
+                let ok = unsafe {
+                    crate::simd::avx512::decode_quads(t.plan(), &t.tables().entries, [a, b], quads)
+                };
+                ok.then_some(()).ok_or_else(|| t.corrupt())?;
+            }
+            _ => t.decode_quads(cpu, blocks[0].as_ref().expect("the first is there"), &mut quads[0])?,
+        }
+        for (block, quads) in blocks.iter().flatten().zip(&*quads) {
+            let out = &mut out[geometry.cols(j).start..];
+            // SAFETY: as above; every level with SIMD has AVX2.
+            unsafe { T::from_quads(quads, geometry.params.bias, block.n_cols, out, geometry.n_cols, n_rows) };
+            for patch in block.patches() {
+                out[patch.row() * geometry.n_cols + patch.col()] = T::from_code(patch.code());
+            }
+            j += 1;
+        }
     }
     Ok(())
 }

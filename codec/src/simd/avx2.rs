@@ -369,6 +369,107 @@ features! {
     }
 }
 
+/// A matrix of 8 × 8 numbers of 32 bits, transposed.
+#[inline(always)]
+unsafe fn transpose(q: [__m256i; 8]) -> [__m256i; 8] {
+    // SAFETY: the caller has the features.
+    unsafe {
+        let mut of_four = [[_mm256_setzero_si256(); 4]; 2]; // [quads 0–3, 4–7][row, row + 4]
+        for (half, rows) in of_four.iter_mut().enumerate() {
+            let [a, b, c, d] = [q[4 * half], q[4 * half + 1], q[4 * half + 2], q[4 * half + 3]];
+            let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
+            (rows[0], rows[1]) = (_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+            let (ab, cd) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
+            (rows[2], rows[3]) = (_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+        }
+        let mut out = [_mm256_setzero_si256(); 8];
+        for i in 0..4 {
+            out[i] = _mm256_permute2x128_si256::<0x20>(of_four[0][i], of_four[1][i]);
+            out[i + 4] = _mm256_permute2x128_si256::<0x31>(of_four[0][i], of_four[1][i]);
+        }
+        out
+    }
+}
+
+/// Writes the first `n` items of a register.
+#[inline(always)]
+unsafe fn store<T: Copy>(codes: __m256i, out: *mut T, n: usize) {
+    // SAFETY: the caller vouches for `n` items at `out`, at most a register full.
+    unsafe {
+        if n * size_of::<T>() == 32 {
+            return _mm256_storeu_si256(out.cast(), codes);
+        }
+        let mut bytes = [0u8; 32];
+        _mm256_storeu_si256(bytes.as_mut_ptr().cast(), codes);
+        std::ptr::copy_nonoverlapping(bytes.as_ptr().cast(), out, n);
+    }
+}
+
+features! {
+    /// Decoded quads as rows of 8-bit codes, with the bias added: row `r` at `out[r · stride..]`, `n_cols` codes each.
+    ///
+    /// # Safety
+    /// The machine has the features.
+    pub(crate) unsafe fn quads_to_u8(quads: &Quads, bias: i32, n_cols: usize, out: &mut [u8], stride: usize, n_rows: usize) {
+        assert!(quads.low.len() >= n_cols.div_ceil(32) * 8 && out.len() >= (n_rows - 1) * stride + n_cols);
+        let bias = _mm256_set1_epi8(bias as i8);
+        // Eight rows at a time: all 32 at once would fall into few sets of the cache.
+        for first in (0..n_rows).step_by(8) {
+            for col in (0..n_cols).step_by(32) {
+                // SAFETY: 128 bytes a quad; `out` has the rows, as asserted.
+                unsafe {
+                    let mut q = [bias; 8];
+                    for (i, q) in q.iter_mut().enumerate() {
+                        *q = _mm256_loadu_si256(quads.low[col / 4 + i].as_ptr().add(first).cast());
+                    }
+                    for (i, row) in transpose(q).into_iter().enumerate().take(n_rows - first) {
+                        let out = out.as_mut_ptr().add((first + i) * stride + col);
+                        store(_mm256_add_epi8(row, bias), out, 32.min(n_cols - col));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The same with 16-bit codes.
+    ///
+    /// # Safety
+    /// The machine has the features.
+    pub(crate) unsafe fn quads_to_u16(quads: &Quads, bias: i32, n_cols: usize, out: &mut [u16], stride: usize, n_rows: usize) {
+        assert!(quads.low.len() >= n_cols.div_ceil(16) * 4 && out.len() >= (n_rows - 1) * stride + n_cols);
+        let bias = _mm256_set1_epi16(bias as i16);
+        for first in (0..n_rows).step_by(8) {
+            for col in (0..n_cols).step_by(16) {
+                // SAFETY: 128 bytes a quad and plane; `out` has the rows, as asserted.
+                unsafe {
+                    // Codes of one quad: rows 0, 1, 4, 5, and rows 2, 3, 6, 7.
+                    let mut q = [[bias; 2]; 4];
+                    for (i, q) in q.iter_mut().enumerate() {
+                        let low = _mm256_loadu_si256(quads.low[col / 4 + i].as_ptr().add(first).cast());
+                        let high = _mm256_loadu_si256(quads.high[col / 4 + i].as_ptr().add(first).cast());
+                        *q = [_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)];
+                    }
+                    for (pair, place) in [(0, 0), (1, 2)] {
+                        let even = [_mm256_unpacklo_epi64(q[0][pair], q[1][pair]), _mm256_unpacklo_epi64(q[2][pair], q[3][pair])];
+                        let odd = [_mm256_unpackhi_epi64(q[0][pair], q[1][pair]), _mm256_unpackhi_epi64(q[2][pair], q[3][pair])];
+                        for (row, codes) in [
+                            (place, _mm256_permute2x128_si256::<0x20>(even[0], even[1])),
+                            (place + 1, _mm256_permute2x128_si256::<0x20>(odd[0], odd[1])),
+                            (place + 4, _mm256_permute2x128_si256::<0x31>(even[0], even[1])),
+                            (place + 5, _mm256_permute2x128_si256::<0x31>(odd[0], odd[1])),
+                        ] {
+                            if first + row < n_rows {
+                                let out = out.as_mut_ptr().add((first + row) * stride + col);
+                                store(_mm256_add_epi16(codes, bias), out, 16.min(n_cols - col));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Column `c` of a quad of 8 rows, as float32.
 #[inline(always)]
 unsafe fn column_value(plan: &Plan, low: __m256i, high: __m256i, c: i32) -> __m256 {

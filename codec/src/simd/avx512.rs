@@ -136,6 +136,9 @@ impl Lanes {
     }
 }
 
+const RAW_AHEAD: usize = 2;
+const STREAM_AHEAD: usize = 1024;
+
 /// Decodes `N` blocks with the same columns side by side, so that one's latency hides behind the other's work.
 ///
 /// # Safety
@@ -163,6 +166,14 @@ unsafe fn run<const N: usize, const G: usize, S: Sink>(
         let mut quad_index = 0;
         for unit in 0..n_cols.div_ceil(32) {
             let raw: [*const u8; N] = std::array::from_fn(|n| blocks[n].raw.as_ptr().add(unit * raw_bits * 128));
+            for n in 0..N {
+                for line in 0..2 * raw_bits {
+                    _mm_prefetch::<_MM_HINT_T0>(raw[n].wrapping_add(RAW_AHEAD * raw_bits * 128 + 64 * line).cast());
+                }
+                for line in 0..3 {
+                    _mm_prefetch::<_MM_HINT_T0>(lanes[n].next.wrapping_add(STREAM_AHEAD + 64 * line).cast());
+                }
+            }
             for pair in 0..4 {
                 let mut entry = [[[_mm512_setzero_si512(); 2]; 4]; N];
                 for quad in [2 * pair, 2 * pair + 1] {
@@ -263,39 +274,44 @@ unsafe fn run_any<const N: usize, S: Sink>(
 }
 
 /// Stores codes as [`Quads`].
-struct Store<const WIDE: bool> {
-    low: *mut u8,
-    high: *mut u8,
+struct Store<const N: usize, const WIDE: bool> {
+    low: [*mut u8; N],
+    high: [*mut u8; N],
 }
 
-impl<const WIDE: bool> Sink for Store<WIDE> {
+impl<const N: usize, const WIDE: bool> Sink for Store<N, WIDE> {
     const WIDE: bool = WIDE;
     #[inline(always)]
-    unsafe fn quad(&mut self, _: usize, half: usize, quad: usize, low: __m512i, high: __m512i) {
+    unsafe fn quad(&mut self, n: usize, half: usize, quad: usize, low: __m512i, high: __m512i) {
         // SAFETY: the buffers have 128 bytes for every quad of the block's units.
         unsafe {
             let at = 128 * quad + 64 * half;
-            _mm512_storeu_si512(self.low.add(at).cast(), low);
+            _mm512_storeu_si512(self.low[n].add(at).cast(), low);
             if WIDE {
-                _mm512_storeu_si512(self.high.add(at).cast(), high);
+                _mm512_storeu_si512(self.high[n].add(at).cast(), high);
             }
         }
     }
 }
 
 features! {
-    /// Decodes a block into `quads`; false if the stream is corrupt.
+    /// Decodes blocks of the same width into `quads`; false if a stream is corrupt.
     ///
     /// # Safety
-    /// The machine has the features, the block is validated, `entries` is its table.
-    pub(crate) unsafe fn decode_quads(plan: &Plan, entries: &[u32], block: &Block<'_>, quads: &mut Quads) -> bool {
-        quads.resize(plan.format, block.n_cols);
-        let (low, high) = (quads.low.as_mut_ptr().cast(), quads.high.as_mut_ptr().cast());
+    /// The machine has the features, the blocks are validated, `entries` is their table.
+    pub(crate) unsafe fn decode_quads<const N: usize>(
+        plan: &Plan, entries: &[u32], blocks: [&Block<'_>; N], quads: &mut [Quads; N],
+    ) -> bool {
+        let (mut low, mut high) = ([std::ptr::null_mut(); N], [std::ptr::null_mut(); N]);
+        for (n, quads) in quads.iter_mut().enumerate() {
+            quads.resize(plan.format, blocks[n].n_cols);
+            (low[n], high[n]) = (quads.low.as_mut_ptr().cast(), quads.high.as_mut_ptr().cast());
+        }
         // SAFETY: the caller's promises; `resize` made room for whole units.
         unsafe {
             match plan.format {
-                Format::Bf16 => run_any(plan, entries, [block], &mut Store::<true> { low, high }),
-                _ => run_any(plan, entries, [block], &mut Store::<false> { low, high }),
+                Format::Bf16 => run_any(plan, entries, blocks, &mut Store::<N, true> { low, high }),
+                _ => run_any(plan, entries, blocks, &mut Store::<N, false> { low, high }),
             }
         }
     }
@@ -465,8 +481,10 @@ impl Floats {
 /// Float dot products.
 struct DotFloat<'a, const N: usize> {
     floats: Floats,
+    /// Added to pairs of BF16 numbers.
+    bias: __m512i,
     x: &'a [f32],
-    /// [block][half][parity of the column]
+    /// [block][half][0]: sums of rows 0, 0, 1, 1 of every four (of columns 0 and 1 of a quad, then 2 and 3); [1]: of rows 2, 2, 3, 3.
     sums: [[[__m512; 2]; 2]; N],
 }
 
@@ -476,11 +494,17 @@ impl<const N: usize> Sink for DotFloat<'_, N> {
     unsafe fn quad(&mut self, n: usize, half: usize, quad: usize, low: __m512i, high: __m512i) {
         // SAFETY: activations cover whole units.
         unsafe {
-            let bytes = self.floats.bf16_bytes(low, high);
-            for c in 0..4 {
-                let x = _mm512_set1_ps(*self.x.as_ptr().add(4 * quad + c));
-                let sum = &mut self.sums[n][half][c % 2];
-                *sum = _mm512_fmadd_ps(self.floats.column(bytes, c), x, *sum);
+            let (low, high) = self.floats.bf16_bytes(low, high);
+            let x = _mm512_broadcast_f32x4(_mm_loadu_ps(self.x.as_ptr().add(4 * quad)));
+            let (x_even, x_odd) = (_mm512_permute_ps::<0b10_00_10_00>(x), _mm512_permute_ps::<0b11_01_11_01>(x));
+            let mut pairs = [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)];
+            for (pairs, sum) in pairs.iter_mut().zip(&mut self.sums[n][half]) {
+                if self.floats.format == Format::Bf16 {
+                    *pairs = _mm512_add_epi16(*pairs, self.bias);
+                }
+                let even = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(*pairs));
+                let odd = _mm512_castsi512_ps(_mm512_and_si512(*pairs, _mm512_set1_epi32(0xffff_0000u32 as i32)));
+                *sum = _mm512_fmadd_ps(odd, x_odd, _mm512_fmadd_ps(even, x_even, *sum));
             }
         }
     }
@@ -498,13 +522,17 @@ features! {
         assert!(x.len() >= blocks[0].n_cols.div_ceil(32) * 32);
         // SAFETY: the caller's promises.
         unsafe {
-            let mut sink = DotFloat { floats: Floats::new(plan), x, sums: [[[_mm512_setzero_ps(); 2]; 2]; N] };
+            let bias = _mm512_set1_epi16(plan.params.bias as i16);
+            let mut sink = DotFloat { floats: Floats::new(plan), bias, x, sums: [[[_mm512_setzero_ps(); 2]; 2]; N] };
             run_any(plan, entries, blocks, &mut sink).then(|| {
                 std::array::from_fn(|n| {
                     let mut rows = [0f32; BLOCK_ROWS];
                     for half in 0..2 {
-                        let [even, odd] = sink.sums[n][half];
-                        _mm512_storeu_ps(rows.as_mut_ptr().add(16 * half), _mm512_add_ps(even, odd));
+                        let [a, b] = sink.sums[n][half];
+                        let sum = _mm512_add_ps(
+                            _mm512_shuffle_ps::<0b10_00_10_00>(a, b), _mm512_shuffle_ps::<0b11_01_11_01>(a, b),
+                        );
+                        _mm512_storeu_ps(rows.as_mut_ptr().add(16 * half), sum);
                     }
                     rows
                 })
