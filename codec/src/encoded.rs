@@ -2,6 +2,7 @@
 
 use crate::block::{
     BLOCK_ROWS, Block, BlockEncoder, EncodedRowBlock, Geometry, Params, Patch, STREAM_ALIGN, SplitTable, decode_block,
+    raw_fields,
 };
 use crate::checkpoint::{Dtype, Tensor};
 use crate::cpu::Cpu;
@@ -43,18 +44,20 @@ pub enum Prefer {
 }
 
 impl Prefer {
-    /// What a look-up that yields `parts` weights is charged, in bits a weight.
-    fn look_up_cost(self, parts: u32, table_bits: u32) -> f64 {
-        let table = f64::from(table_bits.saturating_sub(10));
-        match (self, parts) {
-            (Self::Size, _) => 0.0,
+    /// What the work of decoding is charged, in bits a weight: look-ups, of which a symbol of more parts needs fewer, and
+    /// the fields that raw bits are gathered from.
+    fn work_cost(self, params: &Params) -> f64 {
+        let table = f64::from(params.table_bits.saturating_sub(10));
+        let look_ups = match (self, params.parts_per_symbol) {
+            (Self::Size, _) => return 0.0,
             (Self::Balanced, 1) => 0.30,
             (Self::Balanced, 2) => 0.08 + 0.002 * table,
             (Self::Balanced, _) => 0.002 * table,
             (Self::Speed, 1) => 1.0,
             (Self::Speed, 2) => 0.30 + 0.01 * table,
             (Self::Speed, _) => 0.01 * table,
-        }
+        };
+        look_ups + 0.008 * raw_fields(params.raw_bits).count() as f64
     }
 
     /// Columns a block: as even as the limit allows.
@@ -1124,7 +1127,7 @@ fn choose_params<T: CodeType>(format: Format, codes: &[T], n_rows: usize, n_cols
         for parts_per_symbol in [1u32, 2, 4, 8] {
             let magnitude_bits = if raw_bits == 0 { code_bits } else { code_bits - raw_bits };
             let part_bits = (crate::entropy::SYMBOL_BITS_MAX / parts_per_symbol).min(magnitude_bits).min(8);
-            let mut params = Params { parts_per_symbol, table_bits: 12, raw_bits, part_bits, block_cols, bias: 0 };
+            let mut params = Params { parts_per_symbol, table_bits: 10, raw_bits, part_bits, block_cols, bias: 0 };
             choose_window(format, &mut params, &histogram);
             let split = SplitTable::new(format, &params);
             let mut parts = vec![0u64; 1 << params.part_bits];
@@ -1137,7 +1140,7 @@ fn choose_params<T: CodeType>(format: Format, codes: &[T], n_rows: usize, n_cols
             let entropy: f64 =
                 parts.iter().filter(|&&c| c > 0).map(|&c| c as f64 / n as f64).map(|p| -p * p.log2()).sum();
             let floor = entropy + f64::from(raw_bits) + patched as f64 / n as f64 * crate::entropy::PATCH_BITS;
-            candidates.push((floor + prefer.look_up_cost(parts_per_symbol, 10), params));
+            candidates.push((floor + prefer.work_cost(&params), params));
         }
     }
     candidates.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -1157,7 +1160,7 @@ fn choose_params<T: CodeType>(format: Format, codes: &[T], n_rows: usize, n_cols
                 continue;
             }
             let bits = choice.cost_bits / counted as f64 + f64::from(params.raw_bits);
-            let cost = bits + prefer.look_up_cost(params.parts_per_symbol, table_bits);
+            let cost = bits + prefer.work_cost(&params);
             if best.is_none_or(|(least, _)| cost < least) {
                 best = Some((cost, params));
             }

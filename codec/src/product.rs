@@ -142,6 +142,10 @@ struct Scratch {
     values: Vec<[f32; BLOCK_ROWS]>,
 }
 
+/// Row blocks that a product of one token takes through AVX-512 at once.
+#[cfg(target_arch = "x86_64")]
+const SIDE_BY_SIDE: usize = 2;
+
 /// Columns of decoded values that a product of several tokens keeps at once: 32 KiB, so that they stay in the first cache.
 const VALUE_COLS: usize = 256;
 
@@ -192,11 +196,11 @@ impl EncodedTensor {
         let mut i = blocks.start;
         while i < blocks.end {
             #[cfg(target_arch = "x86_64")]
-            if cpu == Cpu::Avx512 && x.n_tokens == 1 && i + 1 < blocks.end {
-                let [a, b] = self.product_blocks_avx512::<2>(x, i)?;
-                write(i, &a);
-                write(i + 1, &b);
-                i += 2;
+            if cpu == Cpu::Avx512 && x.n_tokens == 1 && i + SIDE_BY_SIDE <= blocks.end {
+                for (n, sums) in self.product_blocks_avx512::<SIDE_BY_SIDE>(x, i)?.iter().enumerate() {
+                    write(i + n, sums);
+                }
+                i += SIDE_BY_SIDE;
                 continue;
             }
             write(i, &self.product_block(cpu, x, i, &mut scratch)?);
@@ -321,7 +325,9 @@ impl EncodedTensor {
         let ok = match cpu {
             // SAFETY: `Cpu` values are made for what the machine has; `block` comes from a validated tensor.
             #[cfg(target_arch = "x86_64")]
-            Cpu::Avx512 => unsafe { crate::simd::avx512::decode_quads(plan, entries, [block], std::array::from_mut(quads)) },
+            Cpu::Avx512 => unsafe {
+                crate::simd::avx512::decode_quads(plan, entries, [block], std::array::from_mut(quads))
+            },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Cpu::Avx2 => unsafe { crate::simd::avx2::decode_quads(plan, entries, block, quads) },
@@ -401,43 +407,21 @@ impl EncodedTensor {
             Sums::Float(sums) => {
                 scratch.values.resize(BLOCK_COLS_MAX, [0.0; BLOCK_ROWS]);
                 let values = &mut scratch.values[..4 * scratch.quads.low.len()];
-                // SAFETY: `Cpu` values are made for what the machine has.
-                match cpu {
-                    Cpu::Avx512 => unsafe { avx512::quads_to_floats(plan, &scratch.quads, values) },
-                    _ => unsafe { avx2::quads_to_floats(plan, &scratch.quads, values) },
+                if cpu == Cpu::Avx512 {
+                    // SAFETY: `Cpu` values are made for what the machine has.
+                    unsafe { avx512::quads_to_floats(plan, &scratch.quads, values) };
+                } else {
+                    // SAFETY: as above.
+                    unsafe { avx2::quads_to_floats(plan, &scratch.quads, values) };
                 }
                 for (k, values) in values.chunks(VALUE_COLS).enumerate() {
-                    let from = start + k * VALUE_COLS;
-                    let mut t = 0;
-                    while t < sums.len() {
-                        // SAFETY: as above.
-                        match cpu {
-                            Cpu::Avx512 if t + 8 <= sums.len() => unsafe {
-                                avx512::gemm_float::<8>(
-                                    values,
-                                    std::array::from_fn(|k| x.from(t + k, from).values),
-                                    eight(&mut sums[t..]),
-                                );
-                                t += 8;
-                            },
-                            Cpu::Avx512 => unsafe {
-                                avx512::gemm_float::<1>(values, [x.from(t, from).values], [&mut sums[t]]);
-                                t += 1;
-                            },
-                            _ if t + 2 <= sums.len() => unsafe {
-                                let [a, b] = sums[t..].first_chunk_mut::<2>().expect("two are left");
-                                avx2::gemm_float::<2>(
-                                    values,
-                                    [x.from(t, from).values, x.from(t + 1, from).values],
-                                    [a, b],
-                                );
-                                t += 2;
-                            },
-                            _ => unsafe {
-                                avx2::gemm_float::<1>(values, [x.from(t, from).values], [&mut sums[t]]);
-                                t += 1;
-                            },
-                        }
+                    let x = |t| x.from(t, start + k * VALUE_COLS).values;
+                    if cpu == Cpu::Avx512 {
+                        let done = gemm_groups(avx512::gemm_float::<8>, values, x, sums, 0);
+                        gemm_groups(avx512::gemm_float::<1>, values, x, sums, done);
+                    } else {
+                        let done = gemm_groups(avx2::gemm_float::<2>, values, x, sums, 0);
+                        gemm_groups(avx2::gemm_float::<1>, values, x, sums, done);
                     }
                 }
             }
@@ -445,10 +429,26 @@ impl EncodedTensor {
     }
 }
 
-/// The first eight, each on its own.
+/// A product of decoded values with the activations of `N` tokens, added to their sums.
 #[cfg(target_arch = "x86_64")]
-fn eight<T>(items: &mut [T]) -> [&mut T; 8] {
-    items.first_chunk_mut::<8>().expect("eight are left").each_mut()
+type GemmFloat<const N: usize> = unsafe fn(&[[f32; BLOCK_ROWS]], [&[f32]; N], [&mut [f32; BLOCK_ROWS]; N]);
+
+/// Takes tokens from `first` on through `gemm`, `N` at a time; returns how many are done. `x(t)` are token t's activations.
+#[cfg(target_arch = "x86_64")]
+fn gemm_groups<'a, const N: usize>(
+    gemm: GemmFloat<N>,
+    values: &[[f32; BLOCK_ROWS]],
+    x: impl Fn(usize) -> &'a [f32],
+    sums: &mut [[f32; BLOCK_ROWS]],
+    first: usize,
+) -> usize {
+    let mut t = first;
+    while let Some(sums) = sums[t..].first_chunk_mut::<N>() {
+        // SAFETY: callers take a level that `Cpu` has found on the machine.
+        unsafe { gemm(values, std::array::from_fn(|k| x(t + k)), sums.each_mut()) };
+        t += N;
+    }
+    t
 }
 
 /// Row block `i` of `t` into `out` (rows × n_cols), by a SIMD decoder.
@@ -472,9 +472,7 @@ pub(crate) fn decode_dense<T: CodeType>(
         match &blocks {
             [Some(a), Some(b)] => {
                 // SAFETY: `Cpu` values are made for what the machine has; the blocks come from a validated tensor.
-                let ok = unsafe {
-                    crate::simd::avx512::decode_quads(t.plan(), &t.tables().entries, [a, b], quads)
-                };
+                let ok = unsafe { crate::simd::avx512::decode_quads(t.plan(), &t.tables().entries, [a, b], quads) };
                 ok.then_some(()).ok_or_else(|| t.corrupt())?;
             }
             _ => t.decode_quads(cpu, blocks[0].as_ref().expect("the first is there"), &mut quads[0])?,

@@ -1,6 +1,6 @@
 //! AVX2: four registers of 8 lanes a block.
 
-use super::{Plan, Quads, consumed_all};
+use super::{Plan, Quads, consumed_all, prefetch};
 use crate::block::{BLOCK_ROWS, Block, raw_fields};
 use crate::format::Format;
 use std::arch::x86_64::*;
@@ -145,6 +145,7 @@ unsafe fn run<S: Sink>(plan: &Plan, entries: &[u32], block: &Block<'_>, sink: &m
         let mut entry = [[_mm256_setzero_si256(); GROUPS]; 4];
         for unit in 0..block.n_cols.div_ceil(32) {
             let raw = block.raw.as_ptr().add(unit * raw_bits * 128);
+            prefetch(raw, raw_bits, next);
             for quad in 0..8 {
                 if g < 8 || quad % 2 == 0 {
                     for entry in entry.iter_mut().take((4 / g).max(1)) {
@@ -232,10 +233,12 @@ impl DotInt8<'_> {
     #[inline(always)]
     unsafe fn flush(&mut self, group: usize) {
         let mut rows = [0i32; 8];
-        // SAFETY: eight rows.
-        unsafe { _mm256_storeu_si256(rows.as_mut_ptr().cast(), self.sums[group]) };
+        // SAFETY: eight rows; the caller has the features.
+        unsafe {
+            _mm256_storeu_si256(rows.as_mut_ptr().cast(), self.sums[group]);
+            self.sums[group] = _mm256_setzero_si256();
+        }
         self.total[8 * group..].iter_mut().zip(rows).for_each(|(t, r)| *t += i64::from(r));
-        self.sums[group] = unsafe { _mm256_setzero_si256() }; // SAFETY: the caller has the features.
     }
 }
 

@@ -1,6 +1,6 @@
 //! AVX-512 as Ice Lake and Zen 4 have it: two registers of 16 lanes a block, one gather for 16 symbols.
 
-use super::{Plan, Quads, consumed_all};
+use super::{Plan, Quads, consumed_all, prefetch};
 use crate::block::{BLOCK_ROWS, Block};
 use crate::format::Format;
 use std::arch::x86_64::*;
@@ -136,9 +136,6 @@ impl Lanes {
     }
 }
 
-const RAW_AHEAD: usize = 2;
-const STREAM_AHEAD: usize = 1024;
-
 /// Decodes `N` blocks with the same columns side by side, so that one's latency hides behind the other's work.
 ///
 /// # Safety
@@ -167,18 +164,14 @@ unsafe fn run<const N: usize, const G: usize, S: Sink>(
         for unit in 0..n_cols.div_ceil(32) {
             let raw: [*const u8; N] = std::array::from_fn(|n| blocks[n].raw.as_ptr().add(unit * raw_bits * 128));
             for n in 0..N {
-                for line in 0..2 * raw_bits {
-                    _mm_prefetch::<_MM_HINT_T0>(raw[n].wrapping_add(RAW_AHEAD * raw_bits * 128 + 64 * line).cast());
-                }
-                for line in 0..3 {
-                    _mm_prefetch::<_MM_HINT_T0>(lanes[n].next.wrapping_add(STREAM_AHEAD + 64 * line).cast());
-                }
+                prefetch(raw[n], raw_bits, lanes[n].next);
             }
             for pair in 0..4 {
                 let mut entry = [[[_mm512_setzero_si512(); 2]; 4]; N];
                 for quad in [2 * pair, 2 * pair + 1] {
                     // G = 8 decodes two quads with one symbol.
                     if G < 8 || quad % 2 == 0 {
+                        #[expect(clippy::needless_range_loop, reason = "the entries of all blocks")]
                         for step in 0..(4 / G).max(1) {
                             if steps_left == 0 {
                                 break;

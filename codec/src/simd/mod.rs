@@ -92,6 +92,27 @@ fn code_bits_of(format: Format, raw_bits: u32, bit: u32) -> u32 {
     }
 }
 
+/// Asks for what a block's decoder will read soon: two units of raw bits on, and some way down the stream. A block has too
+/// many runs of reads, each too short, for the hardware to foresee; this is worth half of the speed from memory.
+///
+/// `raw` is the unit's words, `next` the stream's next word.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn prefetch(raw: *const u8, raw_bits: usize, next: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    const LINE: usize = 64;
+    let unit = raw_bits * 128;
+    // SAFETY: a prefetch reads nothing that the program sees, and may be of any address.
+    unsafe {
+        for at in (0..unit).step_by(LINE) {
+            _mm_prefetch::<_MM_HINT_T0>(raw.wrapping_add(2 * unit + at).cast());
+        }
+        for line in 0..3 {
+            _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(1024 + LINE * line).cast());
+        }
+    }
+}
+
 /// Whether the words that a decoder took are the stream's.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 fn consumed_all(block: &Block<'_>, consumed_bytes: usize) -> bool {
