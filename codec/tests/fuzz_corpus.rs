@@ -24,3 +24,8 @@ fn encoded_tensor() {
 fn round_trip() {
     replay("round_trip", fuzz::round_trip);
 }
+
+#[test]
+fn archive() {
+    replay("archive", fuzz::archive);
+}

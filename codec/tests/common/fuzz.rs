@@ -2,9 +2,10 @@
 #![allow(dead_code)] // each binary uses its own part
 
 use bytes::Bytes;
+use codecllm_codec::archive::{self, PROVENANCE_FILE, Silent};
 use codecllm_codec::block::Params;
 use codecllm_codec::quantize::quantize;
-use codecllm_codec::{Checks, Cpu, Dtype, EncodedTensor, Format, Operand, ScaleMode, Tensor, encode_with_params};
+use codecllm_codec::{Checkpoint, Checks, Cpu, Dtype, EncodedTensor, Format, Operand, ScaleMode, Tensor, encode_with_params};
 
 /// Any bytes: every decoder must do as the plain one does, be it codes or an error, and stay in bounds.
 pub fn encoded_tensor(data: &[u8]) {
@@ -47,4 +48,25 @@ pub fn round_trip(data: &[u8]) {
     for cpu in Cpu::available() {
         assert!(encoded.decode_codes(cpu).expect("what was encoded decodes") == expected.codes, "{cpu} {params:?}");
     }
+}
+
+/// An archive of one shard, from the bytes (the length of its provenance in two, the provenance, the shard): whatever it
+/// is, opening, inspecting and verifying it end, and every tensor that the header lists can be mapped.
+pub fn archive(data: &[u8]) {
+    let Some((&length, rest)) = data.split_first_chunk::<2>() else { return };
+    let (provenance, shard) = rest.split_at(rest.len().min(u16::from_le_bytes(length).into()));
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let write = |name: &str, bytes: &[u8]| std::fs::write(dir.path().join(name), bytes).expect("space for a small file");
+    write("config.json", b"{}");
+    write(PROVENANCE_FILE, provenance);
+    write("model.safetensors", shard);
+    if let Ok(checkpoint) = Checkpoint::open(dir.path()) {
+        for info in checkpoint.tensors() {
+            let tensor = checkpoint.tensor(&info.name).expect("what the header lists is there");
+            assert_eq!(tensor.data.len(), info.n_bytes);
+        }
+    }
+    let _ = archive::inspect(dir.path(), &Silent);
+    let cpus: Vec<Cpu> = Cpu::available().collect();
+    let _ = archive::verify(dir.path(), None, &cpus, &Silent);
 }
