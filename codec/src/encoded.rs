@@ -6,7 +6,7 @@ use crate::block::{
 };
 use crate::checkpoint::{Dtype, Tensor};
 use crate::cpu::Cpu;
-use crate::entropy::{FrequencyTable, TableChoice, Transition, choose_table};
+use crate::entropy::{FrequencyTable, Transition, choose_table};
 use crate::error::{Error, Result};
 use crate::format::{Coder, Format, ScaleMode};
 #[cfg(target_arch = "x86_64")]
@@ -995,7 +995,8 @@ fn encode_rans<T: CodeType>(
     let (format, n_cols) = (header.format, header.n_cols);
     let params = params.unwrap_or_else(|| choose_params(format, &codes, header.n_rows, n_cols, prefer));
     let split = SplitTable::new(format, &params);
-    let choice = tabulate(&codes, n_cols, &params, &split, 1).1;
+    let counts = count_symbols(&codes, n_cols, &params, &split, 1);
+    let choice = choose_table(&counts, params.parts_per_symbol, params.part_bits, params.table_bits);
     header.params = params;
     let geometry = header.geometry();
     let encoder = BlockEncoder::new(geometry, &choice, &split);
@@ -1076,18 +1077,18 @@ fn assemble<'a>(
     Ok(out)
 }
 
-/// Counts the symbols of every `stride`-th row block and chooses a table for them; with it, the number of weights counted.
-fn tabulate<T: CodeType>(
+/// How often each symbol occurs in every `stride`-th row block.
+fn count_symbols<T: CodeType>(
     codes: &[T],
     n_cols: usize,
     params: &Params,
     split: &SplitTable,
     stride: usize,
-) -> (u64, TableChoice) {
+) -> Vec<u32> {
     let (g, w) = (params.parts_per_symbol as usize, params.part_bits);
     let row_blocks: Vec<&[T]> = codes.chunks(BLOCK_ROWS * n_cols).step_by(stride).collect();
     let new_counts = || vec![0u32; 1 << params.symbol_bits()];
-    let counts = row_blocks
+    row_blocks
         .par_iter()
         .with_min_len(8)
         .fold(new_counts, |mut counts, rows| {
@@ -1103,14 +1104,12 @@ fn tabulate<T: CodeType>(
         .reduce(new_counts, |mut a, b| {
             a.iter_mut().zip(b).for_each(|(a, b)| *a = a.saturating_add(b));
             a
-        });
-    let counted = row_blocks.iter().map(|r| r.len() as u64).sum();
-    (counted, choose_table(&counts, g as u32, w, params.table_bits))
+        })
 }
 
 /// Chooses the parameters by the bytes that they cost, table, patches and raw bits counted, on a sample of the rows.
 fn choose_params<T: CodeType>(format: Format, codes: &[T], n_rows: usize, n_cols: usize, prefer: Prefer) -> Params {
-    const SAMPLE_WEIGHTS: usize = 1 << 20;
+    const SAMPLE_WEIGHTS: usize = 1 << 18;
     let stride = codes.len().div_ceil(SAMPLE_WEIGHTS).clamp(1, n_rows.div_ceil(BLOCK_ROWS));
     let code_bits = format.code_bits();
     let mut histogram = vec![0u64; 1 << code_bits];
@@ -1150,15 +1149,14 @@ fn choose_params<T: CodeType>(format: Format, codes: &[T], n_rows: usize, n_cols
             break;
         }
         let split = SplitTable::new(format, &params);
+        let counts = count_symbols(codes, n_cols, &params, &split, stride);
+        let counted: u64 = codes.chunks(BLOCK_ROWS * n_cols).step_by(stride).map(|rows| rows.len() as u64).sum();
         for table_bits in [10, 11, 12, 13] {
+            let params = Params { table_bits, ..params };
             if table_bits + params.symbol_bits() > crate::entropy::ENTRY_BITS {
                 continue;
             }
-            let params = Params { table_bits, ..params };
-            let (counted, choice) = tabulate(codes, n_cols, &params, &split, stride);
-            if counted == 0 {
-                continue;
-            }
+            let choice = choose_table(&counts, params.parts_per_symbol, params.part_bits, table_bits);
             let bits = choice.cost_bits / counted as f64 + f64::from(params.raw_bits);
             let cost = bits + prefer.work_cost(&params);
             if best.is_none_or(|(least, _)| cost < least) {

@@ -5,7 +5,9 @@ use bytes::Bytes;
 use codecllm_codec::archive::{self, PROVENANCE_FILE, Silent};
 use codecllm_codec::block::Params;
 use codecllm_codec::quantize::quantize;
-use codecllm_codec::{Checkpoint, Checks, Cpu, Dtype, EncodedTensor, Format, Operand, ScaleMode, Tensor, encode_with_params};
+use codecllm_codec::{
+    Checkpoint, Checks, Cpu, Dtype, EncodedTensor, Format, Operand, ScaleMode, Tensor, encode_with_params,
+};
 
 /// Any bytes: every decoder must do as the plain one does, be it codes or an error, and stay in bounds.
 pub fn encoded_tensor(data: &[u8]) {
@@ -56,7 +58,8 @@ pub fn archive(data: &[u8]) {
     let Some((&length, rest)) = data.split_first_chunk::<2>() else { return };
     let (provenance, shard) = rest.split_at(rest.len().min(u16::from_le_bytes(length).into()));
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let write = |name: &str, bytes: &[u8]| std::fs::write(dir.path().join(name), bytes).expect("space for a small file");
+    let write =
+        |name: &str, bytes: &[u8]| std::fs::write(dir.path().join(name), bytes).expect("space for a small file");
     write("config.json", b"{}");
     write(PROVENANCE_FILE, provenance);
     write("model.safetensors", shard);
