@@ -204,7 +204,7 @@ struct Sections {
 
 impl Header {
     fn zstd_chunks(&self) -> usize {
-        (self.n_rows * self.n_cols * self.format.code_bits() as usize / 8).div_ceil(ZSTD_CHUNK_BYTES)
+        (self.n_rows * self.n_cols * (self.format.code_bits() as usize / 8)).div_ceil(ZSTD_CHUNK_BYTES)
     }
 
     fn geometry(&self) -> Geometry {
