@@ -2,7 +2,7 @@
 
 use crate::hub;
 use crate::output::{self, Bar, CliResult};
-use codecllm_codec::archive::{self, CompressOptions, Layers, Summary, partial_path};
+use codecllm_codec::archive::{self, CompressOptions, Layers, RateTarget, Summary, partial_path};
 use codecllm_codec::{Coder, EncodeOptions, Error, Format, Prefer, ScaleMode};
 use serde::Serialize;
 use std::path::PathBuf;
@@ -16,7 +16,8 @@ use std::time::Instant;
 /// The archive grows in DST.partial, and takes its name when it is complete.
 ///
 /// Formats: bf16 keeps every bit of a BF16 checkpoint (about 10.6 bits a weight); fp8 and int8 round each weight to 8 bits
-/// with a scale per output channel, and then compress those (about 6.5 to 7 bits a weight).
+/// with a scale per output channel, and then compress those (about 6.5 to 7 bits a weight); rate chooses the grids that
+/// weights are rounded to so that the archive gets the size you ask for.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -26,9 +27,11 @@ pub struct Args {
     /// Directory to write the archive to
     #[arg(short, long, value_name = "DST")]
     output: PathBuf,
-    /// Number format: bf16 (lossless), fp8 or int8
+    /// Number format: bf16 (lossless), fp8, int8, or rate (to a size that you choose)
     #[arg(long, default_value = "int8")]
     format: Format,
+    #[command(flatten)]
+    target: Target,
     /// What shares a scale: channel (an output row) or tensor (for comparison)
     #[arg(long, default_value = "channel")]
     scale: ScaleMode,
@@ -61,10 +64,52 @@ pub struct Args {
     json: bool,
 }
 
+/// What `--format rate` aims at.
+#[derive(clap::Args)]
+#[group(multiple = false)]
+struct Target {
+    /// rate: bits per weight, over the whole model with all metadata counted, as in 4.5
+    #[arg(long, value_name = "B")]
+    bits: Option<f64>,
+    /// rate: the size of the weight files, as in 4GB or 700MB
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    size: Option<u64>,
+    /// rate: the grids' steps in standard deviations of each matrix's weights, whatever size results
+    #[arg(long, value_name = "X")]
+    step: Option<f64>,
+}
+
+impl Target {
+    fn get(&self) -> Option<RateTarget> {
+        let Self { bits, size, step } = self;
+        bits.map(RateTarget::Bits).or(size.map(RateTarget::Bytes)).or(step.map(RateTarget::Step))
+    }
+}
+
+/// A number of bytes: `4GB`, `1.5 GiB`, `700MB`, or a plain number.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).trim_end();
+    let unit = match text[digits.len()..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        other => return Err(format!("unknown unit `{other}`; expected B, kB, MB, GB, KiB, MiB or GiB")),
+    };
+    match digits.parse::<f64>() {
+        Ok(number) if number > 0.0 && number.is_finite() => Ok((number * unit) as u64),
+        _ => Err(format!("`{digits}` is not a size; try 700MB or 4GB")),
+    }
+}
+
 const EXAMPLES: &str = "\
 Examples:
   codecllm compress ./Llama-3.2-1B -o llama.bf16 --format bf16
   codecllm compress TinyLlama/TinyLlama-1.1B-Chat-v1.0 -o tiny.int8
+  codecllm compress ./TinyLlama-1.1B -o tiny.4.5 --format rate --bits 4.5
   codecllm compress ./model -o first5 --layers 5     (an experiment: five linear layers)
   codecllm compress ./model -o mlp --layers '\\.mlp\\.'";
 
@@ -85,7 +130,14 @@ pub fn run(args: Args) -> CliResult {
     let source = hub::resolve(&args.source, &args.revision)?;
     output::catch_ctrl_c()?;
     let options = CompressOptions {
-        encode: EncodeOptions { format: args.format, scale: args.scale, coder: args.coder, prefer: args.prefer },
+        encode: EncodeOptions {
+            format: args.format,
+            scale: args.scale,
+            coder: args.coder,
+            prefer: args.prefer,
+            step: None,
+        },
+        rate: args.target.get(),
         layers: args.layers,
         force: args.force,
         resume: args.resume,

@@ -115,7 +115,7 @@ pub fn run(args: Args) -> CliResult {
     for format in FORMATS {
         let archive = dir.join(format!("tales-5m.{format}"));
         let encode = EncodeOptions { format, ..EncodeOptions::default() };
-        let options = CompressOptions { encode, layers: Layers::All, force: true, resume: false };
+        let options = CompressOptions { encode, layers: Layers::All, force: true, ..CompressOptions::default() };
         let summary = archive::compress(&checkpoint, &archive, &options, &Silent)?;
         let cpus: Vec<Cpu> = Cpu::available().collect();
         let proof = archive::verify(&archive, Some(&checkpoint), &cpus, &Silent)?;

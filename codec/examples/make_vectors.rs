@@ -67,11 +67,11 @@ fn main() {
     let odd = matrix(45, 171);
     for &format in Format::ALL {
         for &coder in Coder::ALL {
-            let options = EncodeOptions { format, coder, ..Default::default() };
+            let options = EncodeOptions { format, coder, step: Some(0.01), ..Default::default() };
             good.push(golden(dir, &format!("{format}-{coder}.bin"), encode_tensor(&odd, &options).expect("encodes")));
         }
         for prefer in [Prefer::Size, Prefer::Speed] {
-            let options = EncodeOptions { format, prefer, ..Default::default() };
+            let options = EncodeOptions { format, prefer, step: Some(0.01), ..Default::default() };
             let name = format!("{format}-{}.bin", if prefer == Prefer::Size { "size" } else { "speed" });
             good.push(golden(dir, &name, encode_tensor(&odd, &options).expect("encodes")));
         }

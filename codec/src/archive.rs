@@ -9,6 +9,7 @@ mod inspect;
 mod layers;
 mod partial;
 mod provenance;
+mod rate;
 mod shard;
 mod verify;
 
@@ -17,6 +18,7 @@ pub use inspect::{BitsSplit, CoderParams, EncodedTotal, Inspection, TensorReport
 pub use layers::Layers;
 pub use partial::partial_path;
 pub use provenance::{FileRecord, PROVENANCE_FILE, Provenance, Settings};
+pub use rate::RateTarget;
 pub use verify::{Check, Report, Status, verify};
 
 use crate::checkpoint::{CONFIG_FILE, INDEX_FILE};

@@ -59,7 +59,7 @@ impl Params {
         }
         let top = i64::from(b) + (1i64 << (w + k.saturating_sub(1)));
         let in_range = match (k, format) {
-            (0, Format::Int8) => b >= -128 && top <= 128,
+            (0, Format::Int8 | Format::Rate) => b >= -128 && top <= 128,
             (0, _) => b >= 0 && top <= 1 << code_bits,
             (_, Format::Bf16) => b >= 0 && top <= 1 << 15,
             (_, _) => b == 0 && top <= 128,
@@ -165,7 +165,7 @@ pub fn join(format: Format, params: &Params, part: u32, raw: u32) -> u16 {
     let negative = raw >> low_bits & 1 == 1;
     let magnitude = params.bias as u32 + (part << low_bits) + (raw & ((1 << low_bits) - 1));
     match (format, negative) {
-        (Format::Int8, true) => !magnitude as u8 as u16,
+        (Format::Int8 | Format::Rate, true) => !magnitude as u8 as u16,
         (Format::Fp8, true) => magnitude as u16 | 0x80,
         (Format::Bf16, true) => magnitude as u16 | 0x8000,
         (_, false) => magnitude as u16,
@@ -176,12 +176,12 @@ pub fn join(format: Format, params: &Params, part: u32, raw: u32) -> u16 {
 pub fn split(format: Format, params: &Params, code: u16) -> Option<(u32, u32)> {
     let in_range = |offset: i32, bits: u32| (offset >= 0 && offset >> bits == 0).then_some(offset as u32);
     if params.raw_bits == 0 {
-        let value = if format == Format::Int8 { i32::from(code as u8 as i8) } else { code.into() };
+        let value = if format.is_integer() { i32::from(code as u8 as i8) } else { code.into() };
         return in_range(value - params.bias, params.part_bits).map(|part| (part, 0));
     }
     let low_bits = params.raw_bits - 1;
     let (negative, magnitude) = match format {
-        Format::Int8 => {
+        Format::Int8 | Format::Rate => {
             let value = i32::from(code as u8 as i8);
             (value < 0, if value < 0 { !value } else { value })
         }

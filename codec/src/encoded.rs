@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::format::{Coder, Format, ScaleMode};
 #[cfg(target_arch = "x86_64")]
 use crate::product::decode_dense;
-use crate::quantize::{Codes, Scales, code_value, matrix_shape, quantize, scale_of};
+use crate::quantize::{Codes, QuantizedTensor, Scales, code_value, matrix_shape, quantize, quantize_to_step, scale_of};
 use crate::simd::{Plan, Quads};
 use bytes::Bytes;
 use rayon::prelude::*;
@@ -84,7 +84,7 @@ impl std::str::FromStr for Prefer {
 }
 
 /// How to encode a tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct EncodeOptions {
     /// What a code means.
     pub format: Format,
@@ -94,11 +94,19 @@ pub struct EncodeOptions {
     pub coder: Coder,
     /// What to favour.
     pub prefer: Prefer,
+    /// `rate`: the distance of neighbouring grid points, in units of the weights; the others have none.
+    pub step: Option<f32>,
 }
 
 impl Default for EncodeOptions {
     fn default() -> Self {
-        Self { format: Format::Int8, scale: ScaleMode::Channel, coder: Coder::Rans, prefer: Prefer::Balanced }
+        Self {
+            format: Format::Int8,
+            scale: ScaleMode::Channel,
+            coder: Coder::Rans,
+            prefer: Prefer::Balanced,
+            step: None,
+        }
     }
 }
 
@@ -186,6 +194,8 @@ struct Header {
     n_patches: usize,
     stream_bytes: usize,
     relative_error: f32,
+    /// `rate`: the step of the grid; 0 in other formats.
+    step: f32,
     total_bytes: usize,
 }
 
@@ -275,6 +285,7 @@ impl Header {
         h[48..56].copy_from_slice(&(self.n_patches as u64).to_le_bytes());
         h[56..64].copy_from_slice(&(self.stream_bytes as u64).to_le_bytes());
         h[64..68].copy_from_slice(&self.relative_error.to_le_bytes());
+        h[68..72].copy_from_slice(&self.step.to_le_bytes());
         h[72..80].copy_from_slice(&(self.total_bytes as u64).to_le_bytes());
         h
     }
@@ -333,6 +344,7 @@ impl Header {
             n_patches: size_at(48, "n_patches")?,
             stream_bytes: size_at(56, "stream_bytes")?,
             relative_error: f32::from_bits(u32_at(64)),
+            step: f32::from_bits(u32_at(68)),
             total_bytes: size_at(72, "total_bytes")?,
         };
         if header.n_rows == 0 || header.n_cols == 0 {
@@ -344,7 +356,17 @@ impl Header {
         if (header.scale_kind == ScaleKind::None) != header.format.is_lossless() {
             return Err(bad(format!("`{}` does not go with scale kind {}", header.format, h[14])));
         }
-        if h[68..72].iter().chain(&h[96..]).any(|&b| b != 0) {
+        if header.format == Format::Rate {
+            if header.scale_kind == ScaleKind::Absmax {
+                return Err(bad("`rate` does not go with scale kind 3".into()));
+            }
+            if !(header.step.is_normal() && header.step > 0.0) {
+                return Err(bad(format!("the step is {}; a positive number expected", header.step)));
+            }
+        } else if u32_at(68) != 0 {
+            return Err(bad(format!("`{}` has no step, but the header has one", header.format)));
+        }
+        if h[96..].iter().any(|&b| b != 0) {
             return Err(bad("reserved bytes are not zero".into()));
         }
         match header.coder {
@@ -562,6 +584,11 @@ impl EncodedTensor {
         self.header.relative_error
     }
 
+    /// `rate`: the distance of neighbouring grid points that its quantizer was given.
+    pub fn step(&self) -> Option<f32> {
+        (self.header.format == Format::Rate).then_some(self.header.step)
+    }
+
     /// The coder's parameters; none with zstd.
     pub fn params(&self) -> Option<&Params> {
         (self.header.coder == Coder::Rans).then_some(&self.header.params)
@@ -693,7 +720,7 @@ impl EncodedTensor {
     fn codes(&self, cpu: Cpu, rows: Range<usize>) -> Result<Codes<'static>> {
         Ok(match self.header.format {
             Format::Bf16 => Codes::U16(Cow::Owned(self.codes_of_rows::<u16>(cpu, rows)?)),
-            Format::Fp8 | Format::Int8 => Codes::U8(Cow::Owned(self.codes_of_rows::<u8>(cpu, rows)?)),
+            _ => Codes::U8(Cow::Owned(self.codes_of_rows::<u8>(cpu, rows)?)),
         })
     }
 
@@ -705,7 +732,7 @@ impl EncodedTensor {
     pub fn decode_codes_into(&self, cpu: Cpu, rows: Range<usize>, out: CodesMut<'_>) -> Result<()> {
         match (self.header.format, out) {
             (Format::Bf16, CodesMut::U16(out)) => self.codes_into(cpu, rows, out),
-            (Format::Fp8 | Format::Int8, CodesMut::U8(out)) => self.codes_into(cpu, rows, out),
+            (Format::Fp8 | Format::Int8 | Format::Rate, CodesMut::U8(out)) => self.codes_into(cpu, rows, out),
             (format, _) => Err(Error::Parameter(format!(
                 "codes of `{format}` have {} bits; the buffer's differ",
                 format.code_bits()
@@ -820,7 +847,11 @@ impl EncodedTensor {
             )));
         }
         let mode = if self.header.scale_kind == ScaleKind::Tensor { ScaleMode::Tensor } else { ScaleMode::Channel };
-        let expected = quantize(source, self.header.format, mode)?;
+        let raw_bits = (self.header.coder == Coder::Rans).then_some(self.header.params.raw_bits);
+        let expected = match self.header.format {
+            Format::Rate => quantize_to_step(source, self.header.step, raw_bits)?,
+            format => quantize(source, format, mode)?,
+        };
         if self.section(&self.sections.scales) != scale_bytes(&expected.scales) {
             return Ok(Some("the scales are not those that the quantizer yields".into()));
         }
@@ -848,7 +879,6 @@ pub enum CodesMut<'a> {
     U16(&'a mut [u16]),
 }
 
-/// The two integers that codes are kept in.
 /// What a thread reuses from block to block of a dense decode.
 #[derive(Default)]
 struct Scratch {
@@ -857,6 +887,7 @@ struct Scratch {
     codes: Vec<u16>,
 }
 
+/// The two integers that codes are kept in.
 pub(crate) trait CodeType: Copy + Default + Send + Sync + Into<u16> {
     fn from_code(code: u16) -> Self;
     fn from_bytes(bytes: &[u8]) -> Self;
@@ -936,9 +967,17 @@ pub fn encode_with_params(t: &Tensor, format: Format, scale: ScaleMode, params: 
     encode(t, &EncodeOptions { format, scale, ..Default::default() }, Some(params))
 }
 
-fn encode(t: &Tensor, options: &EncodeOptions, params: Option<Params>) -> Result<Vec<u8>> {
-    let q = quantize(t, options.format, options.scale)?;
+fn encode(t: &Tensor, options: &EncodeOptions, mut params: Option<Params>) -> Result<Vec<u8>> {
     let (n_rows, n_cols) = matrix_shape(t)?;
+    let q = match (options.format, options.step) {
+        (Format::Rate, Some(step)) => {
+            let (q, chosen) = quantize_for_coder(t, step, options, params)?;
+            params = chosen;
+            q
+        }
+        (Format::Rate, None) => return Err(Error::Parameter("`rate` needs the step of its grid".into())),
+        (format, _) => quantize(t, format, options.scale)?,
+    };
     let header = Header {
         format: options.format,
         coder: options.coder,
@@ -956,6 +995,7 @@ fn encode(t: &Tensor, options: &EncodeOptions, params: Option<Params>) -> Result
         n_patches: 0,
         stream_bytes: 0,
         relative_error: q.relative_error,
+        step: options.step.filter(|_| options.format == Format::Rate).unwrap_or(0.0),
         total_bytes: 0,
     };
     let scales = scale_bytes(&q.scales);
@@ -968,6 +1008,27 @@ fn encode(t: &Tensor, options: &EncodeOptions, params: Option<Params>) -> Result
         (Coder::Rans, Codes::U8(codes)) => encode_rans(header, &scales, codes, options.prefer, params),
         (Coder::Rans, Codes::U16(codes)) => encode_rans(header, &scales, codes, options.prefer, params),
     }
+}
+
+/// `rate`: the coder's parameters for the nearest grid points, then the codes that cost least with these.
+fn quantize_for_coder<'a>(
+    t: &'a Tensor,
+    step: f32,
+    options: &EncodeOptions,
+    params: Option<Params>,
+) -> Result<(QuantizedTensor<'a>, Option<Params>)> {
+    if options.coder == Coder::Zstd {
+        return Ok((quantize_to_step(t, step, None)?, None));
+    }
+    let params = match params {
+        Some(params) => params,
+        None => {
+            let nearest = quantize_to_step(t, step, None)?;
+            let Codes::U8(codes) = &nearest.codes else { unreachable!("codes of `rate` are bytes") };
+            choose_params(Format::Rate, codes, t.shape[0], t.shape[1], options.prefer)
+        }
+    };
+    Ok((quantize_to_step(t, step, Some(params.raw_bits))?, Some(params)))
 }
 
 fn encode_zstd(mut header: Header, scales: &[u8], codes: &[u8]) -> Result<Vec<u8>> {
@@ -1170,14 +1231,14 @@ fn choose_params<T: CodeType>(format: Format, codes: &[T], n_rows: usize, n_cols
 /// Sets the bias so that the parts reach as many of the codes as they can, and the part bits to no more than those need.
 fn choose_window(format: Format, params: &mut Params, histogram: &[u64]) {
     let low_bits = params.raw_bits.saturating_sub(1);
-    let signed = format == Format::Int8 && params.raw_bits == 0;
+    let signed = format.is_integer() && params.raw_bits == 0;
     // Codes counted by what stands above the low bits; `int8` without raw bits from −128 up.
     let mut parts = vec![0u64; histogram.len()];
     for (code, &count) in histogram.iter().enumerate() {
         let at = match (params.raw_bits, format) {
-            (0, Format::Int8) => code ^ 0x80,
+            (0, Format::Int8 | Format::Rate) => code ^ 0x80,
             (0, _) => code,
-            (_, Format::Int8) => (if code >= 128 { !code & 0x7f } else { code }) >> low_bits,
+            (_, Format::Int8 | Format::Rate) => (if code >= 128 { !code & 0x7f } else { code }) >> low_bits,
             (_, Format::Fp8) => (code & 0x7f) >> low_bits,
             (_, Format::Bf16) => (code & 0x7fff) >> low_bits,
         };

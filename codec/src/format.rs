@@ -53,6 +53,8 @@ named_enum!(
         Fp8 = 1 => "fp8",
         /// Symmetric integers −127 to 127 with an absmax scale.
         Int8 = 2 => "int8",
+        /// Integers −127 to 127 on a grid whose step was chosen for a target size or error.
+        Rate = 3 => "rate",
     }
 );
 
@@ -81,8 +83,13 @@ impl Format {
     pub const fn code_bits(self) -> u32 {
         match self {
             Self::Bf16 => 16,
-            Self::Fp8 | Self::Int8 => 8,
+            Self::Fp8 | Self::Int8 | Self::Rate => 8,
         }
+    }
+
+    /// Whether codes are integers in two's complement, and values multiples of the scale.
+    pub const fn is_integer(self) -> bool {
+        matches!(self, Self::Int8 | Self::Rate)
     }
 
     /// Whether every source bit pattern survives.

@@ -211,7 +211,7 @@ impl EncodedTensor {
 
     fn new_sums(&self, n_tokens: usize) -> Sums {
         match self.format() {
-            Format::Int8 => Sums::Fixed(vec![[0; BLOCK_ROWS]; n_tokens]),
+            Format::Int8 | Format::Rate => Sums::Fixed(vec![[0; BLOCK_ROWS]; n_tokens]),
             Format::Bf16 | Format::Fp8 => Sums::Float(vec![[0.0; BLOCK_ROWS]; n_tokens]),
         }
     }
@@ -233,7 +233,7 @@ impl EncodedTensor {
             let (block, start) = (self.block(i, j), geometry.cols(j).start);
             match cpu {
                 #[cfg(target_arch = "x86_64")]
-                Cpu::Avx2 if x.n_tokens == 1 && self.format() == Format::Int8 => {
+                Cpu::Avx2 if x.n_tokens == 1 && self.format().is_integer() => {
                     // SAFETY: `Cpu` values are made for what the machine has; `block` comes from a validated tensor.
                     let dot = unsafe {
                         crate::simd::avx2::dot_int8(self.plan(), &self.tables().entries, &block, x.from(0, start).pairs)
@@ -349,7 +349,7 @@ impl EncodedTensor {
             let refs: [&Block<'_>; N] = std::array::from_fn(|n| &blocks[n]);
             let cols = geometry.cols(j);
             let a = x.from(0, cols.start);
-            if self.format() == Format::Int8 {
+            if self.format().is_integer() {
                 // SAFETY: `Cpu` values are made for what the machine has; the blocks come from a validated tensor.
                 let dots = unsafe { avx512::dot_int8(plan, entries, refs, a.high, a.low) };
                 let offset = 128 * x.fixed_sum(0, cols.clone());

@@ -1,8 +1,8 @@
 //! Checkpoints and archives as directories: what is written, what is refused, what survives an interruption.
 
 use codecllm_codec::archive::{
-    self, CompressOptions, Layers, PROVENANCE_FILE, Progress, Provenance, Silent, Status, compress, inspect,
-    partial_path, verify,
+    self, CompressOptions, Layers, PROVENANCE_FILE, Progress, Provenance, RateTarget, Silent, Status, compress,
+    inspect, partial_path, verify,
 };
 use codecllm_codec::checkpoint::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
 use codecllm_codec::{Checkpoint, Coder, Cpu, EncodeOptions, EncodedTensor, Error, Format, ScaleMode};
@@ -95,7 +95,8 @@ fn sharded_model() -> TempDir {
 }
 
 fn options(format: Format) -> CompressOptions {
-    CompressOptions { encode: EncodeOptions { format, ..Default::default() }, ..Default::default() }
+    let rate = (format == Format::Rate).then_some(RateTarget::Step(0.3));
+    CompressOptions { encode: EncodeOptions { format, ..Default::default() }, rate, ..Default::default() }
 }
 
 fn cpus() -> Vec<Cpu> {
@@ -720,5 +721,68 @@ fn companions_are_what_goes_with_a_model() {
         ".gitattributes",
     ] {
         assert!(!archive::is_companion(name), "{name}");
+    }
+}
+
+/// A model large enough that sizes mean something.
+fn large_model() -> TempDir {
+    let tensors: Vec<Spec> = LARGE_MODEL.iter().map(|(name, shape)| (*name, Dtype::BF16, *shape)).collect();
+    model(&tensors)
+}
+
+const LARGE_MODEL: [(&str, &[usize]); 4] = [
+    ("model.embed_tokens.weight", &[2000, 256]),
+    ("model.layers.0.self_attn.q_proj.weight", &[256, 256]),
+    ("model.layers.0.mlp.down_proj.weight", &[256, 700]),
+    ("model.norm.weight", &[256]),
+];
+
+fn rate_options(target: RateTarget) -> CompressOptions {
+    CompressOptions { rate: Some(target), ..options(Format::Rate) }
+}
+
+#[test]
+fn rate_meets_its_target_and_fewer_bits_mean_more_error() {
+    let source = large_model();
+    let target = TempDir::new().unwrap();
+    let mut last_error = 0.0;
+    for bits in [7.0, 5.5, 4.0, 3.0, 2.2, 1.5] {
+        let archive = target.path().join(format!("{bits}"));
+        compress(source.path(), &archive, &rate_options(RateTarget::Bits(bits)), &Silent).unwrap();
+        let report = inspect(&archive, &Silent).unwrap();
+        let found = report.total.bits_per_weight;
+        assert!((found / bits - 1.0).abs() < 0.01, "{found} bits/weight instead of {bits}");
+        let error: f64 = report.tensors.iter().map(|t| f64::from(t.relative_error)).sum();
+        assert!(error > last_error, "{bits} bits: the error is {error}, with more bits it was {last_error}");
+        last_error = error;
+        assert_eq!(verify(&archive, Some(source.path()), &cpus(), &Silent).unwrap().status, Status::Proven);
+    }
+}
+
+#[test]
+fn rate_depends_on_source_and_target_alone() {
+    let source = large_model();
+    let target = TempDir::new().unwrap();
+    let mut archives = Vec::new();
+    for threads in [1, 3] {
+        let archive = target.path().join(threads.to_string());
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let options = rate_options(RateTarget::Bytes(300_000));
+        let summary = pool.install(|| compress(source.path(), &archive, &options, &Silent)).unwrap();
+        assert!((summary.archive_bytes as f64 / 300_000.0 - 1.0).abs() < 0.01, "{}", summary.archive_bytes);
+        archives.push(contents(&archive));
+    }
+    assert_eq!(archives[0], archives[1]);
+}
+
+#[test]
+fn rate_says_what_it_can_reach() {
+    let source = large_model();
+    let target = TempDir::new().unwrap();
+    for bits in [0.01, 15.0] {
+        let result = compress(source.path(), &target.path().join("a"), &rate_options(RateTarget::Bits(bits)), &Silent);
+        let message = message(result);
+        assert!(message.contains("this model takes between"), "{message}");
+        assert!(!target.path().join("a").exists());
     }
 }

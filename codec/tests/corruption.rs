@@ -14,10 +14,9 @@ fn samples() -> Vec<Vec<u8>> {
     let mut all = Vec::new();
     for &format in Format::ALL {
         for &coder in Coder::ALL {
-            all.push(
-                encode_tensor(&t, &EncodeOptions { format, coder, prefer: Prefer::Speed, ..Default::default() })
-                    .unwrap(),
-            );
+            let options =
+                EncodeOptions { format, coder, prefer: Prefer::Speed, step: Some(0.01), ..Default::default() };
+            all.push(encode_tensor(&t, &options).unwrap());
         }
     }
     all

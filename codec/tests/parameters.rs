@@ -14,7 +14,8 @@ fn every_decoder_decodes_every_set() {
     let t = tensor(Dtype::Bf16, n_rows, n_cols, &weights(n_rows, n_cols, 21));
     let x = Operand::new(&weights(1, n_cols, 4), n_cols);
     let mut n_sets = 0;
-    for &format in Format::ALL {
+    // `rate` decodes as `int8` does.
+    for format in [Format::Bf16, Format::Fp8, Format::Int8] {
         let expected = quantize(&t, format, ScaleMode::Channel).unwrap().codes;
         for parts_per_symbol in [1, 2, 4, 8] {
             for raw_bits in 0..=15 {

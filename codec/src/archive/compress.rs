@@ -1,16 +1,19 @@
 //! From a checkpoint to an archive, one tensor in memory at a time.
 
+use super::RateTarget;
 use super::partial::{FinishedShard, Partial, Target, write_synced};
 use super::provenance::{FileRecord, PROVENANCE_FILE, Provenance, Settings, to_pretty_json};
+use super::rate::choose_steps;
 use super::shard::ShardWriter;
 use super::{Layers, Progress, check_stopped, is_companion, read_config};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, Dtype, INDEX_FILE, Shard, TensorInfo};
 use crate::encoded::{EncodeOptions, EncodedTensor, encode_tensor};
 use crate::error::{Error, Result};
+use crate::format::Format;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::path::Path;
 
@@ -19,6 +22,8 @@ use std::path::Path;
 pub struct CompressOptions {
     /// How to encode each matrix.
     pub encode: EncodeOptions,
+    /// `rate`: what its steps are chosen for; the other formats have no target.
+    pub rate: Option<RateTarget>,
     /// Which matrices to encode.
     pub layers: Layers,
     /// Replace an archive that exists already, once the new one is complete.
@@ -58,11 +63,16 @@ pub fn compress(src: &Path, dst: &Path, options: &CompressOptions, progress: &dy
     let config = read_config(src)?;
     refuse_compressed(&source, config.as_ref())?;
     let selected = options.layers.select(&source)?;
-    let job = Job { source: &source, selected, encode: options.encode, progress };
-    job.note_rounding();
-
-    let settings = Settings::new(&options.encode, &options.layers);
+    let settings = Settings::new(options);
     let target = Target::new(src, dst, options.force, progress)?;
+    let steps = match (options.encode.format, options.rate) {
+        (Format::Rate, Some(rate)) => choose_steps(&source, &selected, rate, &options.encode, progress)?,
+        (Format::Rate, None) => return Err(Error::Parameter("format `rate` needs a target".into())),
+        (format, Some(_)) => return Err(Error::Parameter(format!("format `{format}` takes no target"))),
+        _ => HashMap::new(),
+    };
+    let job = Job { source: &source, selected, encode: options.encode, steps, progress };
+    job.note_rounding();
     let mut partial = Partial::open(target, settings.clone(), options.resume, progress)?;
     match job.fill(&mut partial, config, settings) {
         Ok(summary) => partial.install().map(|()| summary),
@@ -94,6 +104,8 @@ struct Job<'a> {
     source: &'a Checkpoint,
     selected: HashSet<&'a str>,
     encode: EncodeOptions,
+    /// `rate`: by tensor.
+    steps: HashMap<String, f32>,
     progress: &'a dyn Progress,
 }
 
@@ -221,7 +233,8 @@ impl Job<'_> {
             self.progress.tensor(&info.name);
             let tensor = self.source.tensor(&info.name)?;
             if self.is_selected(info) {
-                let bytes = encode_tensor(&tensor, &self.encode).map_err(|e| {
+                let encode = EncodeOptions { step: self.steps.get(&info.name).copied(), ..self.encode };
+                let bytes = encode_tensor(&tensor, &encode).map_err(|e| {
                     let path = self.source.path().join(&shard.file_name);
                     e.in_tensor(&info.name).within(path.display())
                 })?;

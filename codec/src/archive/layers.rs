@@ -86,9 +86,15 @@ impl Layers {
     }
 }
 
-fn is_embedding_or_head(name: &str) -> bool {
+/// The last part of a tensor's name before `.weight`.
+pub(super) fn last_module(name: &str) -> &str {
     let module = name.strip_suffix(".weight").unwrap_or(name);
-    let last = module.rsplit('.').next().unwrap_or(module);
+    module.rsplit('.').next().unwrap_or(module)
+}
+
+pub(super) fn is_embedding_or_head(name: &str) -> bool {
+    let module = name.strip_suffix(".weight").unwrap_or(name);
+    let last = last_module(name);
     last.contains("embed") || matches!(last, "wte" | "wpe" | "lm_head") || module == "output"
 }
 

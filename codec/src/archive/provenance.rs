@@ -1,5 +1,6 @@
 //! `codecllm.json`: what an archive was made from, how, and the hash of every file.
 
+use super::CompressOptions;
 use crate::checkpoint::is_plain_file_name;
 use crate::error::{Error, Result};
 use crate::format::{Coder, Format, ScaleMode};
@@ -71,12 +72,22 @@ pub struct Settings {
     pub prefer: Prefer,
     /// Which matrices are encoded, as [`super::Layers`] spells it.
     pub layers: String,
+    /// `rate`: what its steps were chosen for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
 }
 
 impl Settings {
-    pub(super) fn new(encode: &EncodeOptions, layers: &super::Layers) -> Self {
-        let EncodeOptions { format, scale, coder, prefer } = *encode;
-        Self { format, scale: (!format.is_lossless()).then_some(scale), coder, prefer, layers: layers.to_string() }
+    pub(super) fn new(options: &CompressOptions) -> Self {
+        let EncodeOptions { format, scale, coder, prefer, step: _ } = options.encode;
+        Self {
+            format,
+            scale: matches!(format, Format::Fp8 | Format::Int8).then_some(scale),
+            coder,
+            prefer,
+            layers: options.layers.to_string(),
+            target: options.rate.map(|target| target.to_string()),
+        }
     }
 
     /// `quantization_config` of the archive's `config.json`.

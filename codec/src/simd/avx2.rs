@@ -103,7 +103,9 @@ unsafe fn codes<const WIDE: bool>(
             let sign = raw_bits as usize - 1;
             let top = _mm256_sll_epi16(bytes[sign / 8], _mm_cvtsi32_si128(7 - sign as i32 % 8));
             match plan.format {
-                Format::Int8 => low = _mm256_xor_si256(low, _mm256_cmpgt_epi8(_mm256_setzero_si256(), top)),
+                Format::Int8 | Format::Rate => {
+                    low = _mm256_xor_si256(low, _mm256_cmpgt_epi8(_mm256_setzero_si256(), top))
+                }
                 Format::Fp8 => low = _mm256_or_si256(low, _mm256_and_si256(top, _mm256_set1_epi8(-128))),
                 Format::Bf16 => {
                     high = _mm256_or_si256(high, _mm256_and_si256(bytes[1], _mm256_set1_epi8((low_mask >> 8) as i8)));
@@ -486,7 +488,7 @@ unsafe fn column_value(plan: &Plan, low: __m256i, high: __m256i, c: i32) -> __m2
         }
         let code = _mm256_add_epi8(low, _mm256_set1_epi8(plan.params.bias as i8));
         let code = _mm256_srai_epi32(_mm256_sll_epi32(code, _mm_cvtsi32_si128(24 - 8 * c)), 24);
-        if plan.format == Format::Int8 {
+        if plan.format.is_integer() {
             return _mm256_cvtepi32_ps(code);
         }
         let magnitude = _mm256_and_si256(code, _mm256_set1_epi32(0x7f));

@@ -86,7 +86,7 @@ impl Plan {
 fn code_bits_of(format: Format, raw_bits: u32, bit: u32) -> u32 {
     match format {
         _ if bit + 1 < raw_bits => 1 << bit,
-        Format::Int8 => 0xff,
+        Format::Int8 | Format::Rate => 0xff,
         Format::Fp8 => 0x80,
         Format::Bf16 => 0x8000,
     }

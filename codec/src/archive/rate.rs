@@ -1,0 +1,172 @@
+//! Format `rate`: the steps of all tensors, chosen so that the archive gets the size that the user asked for.
+//!
+//! A tensor's step is θ · rms(weights) · the weight of its role; θ is the same for the whole model and is found by bisection on
+//! the size. With uniform quantization at high rate, equal slopes dD/dR over tensors mean equal weighted errors,
+//! whatever the tensors' bits: so one number suffices.
+
+use super::layers::{is_embedding_or_head, last_module};
+use super::{Progress, check_stopped};
+use crate::block::BLOCK_ROWS;
+use crate::checkpoint::{Checkpoint, Tensor, TensorInfo};
+use crate::encoded::{Checks, EncodeOptions, EncodedTensor, encode_tensor};
+use crate::error::{Error, Result};
+use crate::quantize::quantize_to_step;
+use bytes::Bytes;
+use rayon::prelude::*;
+use std::collections::{HashMap, HashSet};
+
+/// What `rate` aims at.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RateTarget {
+    /// Bits a weight: all bytes of the archive's weight files over all weights of the model.
+    Bits(f64),
+    /// Bytes of the archive's weight files.
+    Bytes(u64),
+    /// θ itself: a step of this many standard deviations for a tensor of weight 1, whatever size results.
+    Step(f64),
+}
+
+impl std::fmt::Display for RateTarget {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Bits(bits) => write!(f, "{bits} bits/weight"),
+            Self::Bytes(bytes) => write!(f, "{bytes} bytes"),
+            Self::Step(step) => write!(f, "step {step}"),
+        }
+    }
+}
+
+/// Weights of a tensor that its size is estimated from; whole row blocks, so at least 32 rows.
+const SAMPLE_WEIGHTS: usize = 1 << 18;
+/// About what a shard's header takes for a tensor, its name aside, and what the provenance takes.
+const LISTING_BYTES: usize = 90;
+const PROVENANCE_BYTES: usize = 2500;
+/// θ lies between these: from finer than any 8-bit code resolves, to zeros only.
+const THETA: (f64, f64) = (1e-3, 30.0);
+
+/// How coarse a step a tensor takes relative to others of the model, by its role.
+fn role_weight(name: &str) -> f64 {
+    match last_module(name) {
+        _ if is_embedding_or_head(name) => 1.0,
+        _ => 1.0,
+    }
+}
+
+/// A tensor as far as its size depends on θ.
+struct Candidate<'a> {
+    info: &'a TensorInfo,
+    sample: Tensor,
+    /// Step at θ = 1.
+    unit: f64,
+    /// Bits a weight beyond the entropy of the codes.
+    overhead: f64,
+}
+
+impl<'a> Candidate<'a> {
+    fn new(source: &Checkpoint, info: &'a TensorInfo) -> Result<Self> {
+        let tensor = source.tensor(&info.name)?;
+        let (n_rows, n_cols) = (info.shape[0], info.shape[1]);
+        let row_bytes = info.n_bytes / n_rows;
+        let n_blocks = n_rows.div_ceil(BLOCK_ROWS);
+        let wanted = SAMPLE_WEIGHTS.div_ceil(BLOCK_ROWS * n_cols).clamp(1, n_blocks);
+        let mut data = Vec::new();
+        for i in 0..wanted {
+            let first = i * n_blocks / wanted * BLOCK_ROWS;
+            let end = (first + BLOCK_ROWS).min(n_rows);
+            data.extend_from_slice(&tensor.data[first * row_bytes..end * row_bytes]);
+        }
+        let shape = vec![data.len() / row_bytes, n_cols];
+        let sample = Tensor { name: info.name.clone(), dtype: info.dtype, shape, data: Bytes::from(data) };
+        let rms = crate::quantize::rms(&sample)?;
+        let unit = if rms > 0.0 { rms * role_weight(&info.name) } else { 1.0 };
+        Ok(Self { info, sample, unit, overhead: 0.05 })
+    }
+
+    fn step(&self, theta: f64) -> f32 {
+        ((theta * self.unit) as f32).max(f32::MIN_POSITIVE)
+    }
+
+    fn entropy(&self, theta: f64) -> Result<f64> {
+        Ok(quantize_to_step(&self.sample, self.step(theta), None)?.codes.entropy_bits())
+    }
+
+    fn bits(&self, theta: f64) -> Result<f64> {
+        Ok((self.entropy(theta)? + self.overhead) * self.info.n_elements() as f64)
+    }
+
+    /// Learns the overhead from encoding the sample.
+    fn measure_overhead(&mut self, theta: f64, options: &EncodeOptions) -> Result<()> {
+        let options = EncodeOptions { step: Some(self.step(theta)), ..*options };
+        let encoded = EncodedTensor::parse(encode_tensor(&self.sample, &options)?.into(), Checks::None)?;
+        let sizes = encoded.sizes();
+        let fixed = sizes.header + sizes.tables + sizes.padding;
+        let bits_of = |bytes: u64, n: usize| 8.0 * bytes as f64 / n as f64;
+        let bits = bits_of(sizes.total() - fixed, self.sample.shape[0] * self.sample.shape[1])
+            + bits_of(fixed, self.info.n_elements());
+        self.overhead = bits - self.entropy(theta)?;
+        Ok(())
+    }
+}
+
+/// The steps of the selected tensors.
+///
+/// # Errors
+/// A target that the format cannot meet: the message says what it can.
+pub(super) fn choose_steps(
+    source: &Checkpoint,
+    selected: &HashSet<&str>,
+    target: RateTarget,
+    options: &EncodeOptions,
+    progress: &dyn Progress,
+) -> Result<HashMap<String, f32>> {
+    let mut candidates = Vec::new();
+    for info in source.tensors().iter().filter(|t| selected.contains(t.name.as_str())) {
+        check_stopped(progress)?;
+        candidates.push(Candidate::new(source, info).map_err(|e| e.in_tensor(&info.name))?);
+    }
+    let theta = match target {
+        RateTarget::Step(theta) => theta,
+        RateTarget::Bits(_) | RateTarget::Bytes(_) => {
+            let n_weights: f64 = source.tensors().iter().map(|t| t.n_elements() as f64).sum();
+            let wanted = match target {
+                RateTarget::Bytes(bytes) => 8.0 * bytes as f64,
+                RateTarget::Bits(bits) => bits * n_weights,
+                RateTarget::Step(_) => unreachable!("handled above"),
+            };
+            let kept = source.tensors().iter().filter(|t| !selected.contains(t.name.as_str()));
+            let kept: f64 = kept.map(|t| 8.0 * t.n_bytes as f64).sum();
+            let listed: usize = source.tensors().iter().map(|t| t.name.len() + LISTING_BYTES).sum();
+            let kept = kept + 8.0 * (listed + PROVENANCE_BYTES) as f64;
+            let mut theta = theta_for(&candidates, wanted - kept, n_weights, kept)?;
+            // The overhead depends on θ, though little: twice is enough.
+            for _ in 0..2 {
+                check_stopped(progress)?;
+                candidates.par_iter_mut().try_for_each(|c| c.measure_overhead(theta, options))?;
+                theta = theta_for(&candidates, wanted - kept, n_weights, kept)?;
+            }
+            theta
+        }
+    };
+    Ok(candidates.iter().map(|c| (c.info.name.clone(), c.step(theta))).collect())
+}
+
+/// The θ at which the candidates take `wanted` bits together.
+fn theta_for(candidates: &[Candidate<'_>], wanted: f64, n_weights: f64, kept: f64) -> Result<f64> {
+    let bits = |theta: f64| -> Result<f64> { candidates.par_iter().map(|c| c.bits(theta)).sum() };
+    let (mut low, mut high) = THETA;
+    let (most, least) = (bits(low)?, bits(high)?);
+    if !(least..=most).contains(&wanted) {
+        let of_model = |bits: f64| (bits + kept) / n_weights;
+        return Err(Error::Parameter(format!(
+            "no steps give {:.2} bits/weight: this model takes between {:.2} and {:.2} as `rate`, what is not encoded included",
+            of_model(wanted),
+            of_model(least),
+            of_model(most)
+        )));
+    }
+    while high / low > 1.0005 {
+        let middle = (low * high).sqrt();
+        if bits(middle)? > wanted { low = middle } else { high = middle }
+    }
+    Ok((low * high).sqrt())
+}
