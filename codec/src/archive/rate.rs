@@ -44,10 +44,25 @@ const PROVENANCE_BYTES: usize = 2500;
 /// θ lies between these: from finer than any 8-bit code resolves, to zeros only.
 const THETA: (f64, f64) = (1e-3, 30.0);
 
-/// How coarse a step a tensor takes relative to others of the model, by its role.
-fn role_weight(name: &str) -> f64 {
-    match last_module(name) {
-        _ if is_embedding_or_head(name) => 1.0,
+/// How coarse a step a tensor takes relative to others of the model, by its role: √(weights / sensitivity), where the
+/// sensitivity is the KL divergence that quantizing this role alone causes at a given relative error.
+///
+/// Measured on two Llamas of 5 and 50 million weights, which agree to 15 %; keys and values once the number of query heads that
+/// share them is taken out. Against equal relative errors this saves 17 % of the divergence.
+fn role_weight(source: &Checkpoint, info: &TensorInfo) -> f64 {
+    let shared = |weight: f64, role: &str| {
+        let query = source.info(&info.name.replace(role, "q_proj"));
+        let share = query.map_or(1.0, |query| info.shape[0] as f64 / query.shape[0] as f64);
+        weight * share.min(1.0).sqrt()
+    };
+    match last_module(&info.name) {
+        _ if is_embedding_or_head(&info.name) => 0.76,
+        "q_proj" => 1.58,
+        "k_proj" => shared(1.42, "k_proj"),
+        "v_proj" => shared(0.72, "v_proj"),
+        "o_proj" => 0.95,
+        "gate_proj" => 1.11,
+        "up_proj" => 1.31,
         _ => 1.0,
     }
 }
@@ -78,7 +93,7 @@ impl<'a> Candidate<'a> {
         let shape = vec![data.len() / row_bytes, n_cols];
         let sample = Tensor { name: info.name.clone(), dtype: info.dtype, shape, data: Bytes::from(data) };
         let rms = crate::quantize::rms(&sample)?;
-        let unit = if rms > 0.0 { rms * role_weight(&info.name) } else { 1.0 };
+        let unit = if rms > 0.0 { rms * role_weight(source, info) } else { 1.0 };
         Ok(Self { info, sample, unit, overhead: 0.05 })
     }
 
