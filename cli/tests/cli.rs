@@ -141,6 +141,60 @@ fn exit_codes_tell_wrong_from_unusable() {
 }
 
 #[test]
+fn demo_run_eval_and_rate_on_the_embedded_model() {
+    let dir = TempDir::new().unwrap();
+    let keep = text(dir.path());
+    let demo = json_of(&codecllm(["demo", "--keep", keep, "--json"]));
+    assert_eq!(demo["is_restored"], true);
+    let [checkpoint, bf16, ..] = demo["results"].as_array().unwrap().as_slice() else { panic!("{demo}") };
+    assert_eq!((&bf16["text"], &bf16["greedy_identical"]), (&checkpoint["text"], &json!(10)));
+
+    let source = format!("{keep}/tales-5m");
+    let run = |model: &str| json_of(&codecllm(["run", model, "-p", "The fox said", "-n", "12", "--json"]));
+    let told = run(&source);
+    assert_eq!(told["text"], run(&format!("{source}.bf16"))["text"]);
+    for key in ["n_prompt_tokens", "prompt_tok_per_s", "generate_tok_per_s", "peak_memory_bytes", "weight_bytes"] {
+        assert!(told[key].as_f64().unwrap() > 0.0, "{key}: {told}");
+    }
+    assert_eq!(told["n_generated"], 12);
+
+    let calibration = dir.path().join("text.txt");
+    fs::write(&calibration, "The fox said to the king that he was hungry, and the king gave him bread. ".repeat(8))
+        .unwrap();
+    let rate = format!("{keep}/rate");
+    let args = [
+        "compress",
+        &source,
+        "-o",
+        &rate,
+        "--format",
+        "rate",
+        "--kld",
+        "0.1",
+        "--calibrate",
+        text(&calibration),
+        "--json",
+    ];
+    let compressed = json_of(&codecllm(args));
+    assert!((2.0..6.0).contains(&compressed["bits_per_weight"].as_f64().unwrap()), "{compressed}");
+    assert_eq!(json_of(&codecllm(["verify", &rate, "--source", &source, "--json"]))["status"], "proven");
+    let eval = json_of(&codecllm(["eval", &rate, "--text", text(&calibration), "--baseline", &source, "--json"]));
+    let kld = eval["kld_mean"].as_f64().unwrap();
+    assert!((0.05..=0.1).contains(&kld), "{kld}");
+    for key in ["n_tokens", "perplexity", "baseline_perplexity", "top1_equal", "greedy_identical", "greedy_prompts"] {
+        assert!(eval[key].is_number(), "{key}: {eval}");
+    }
+
+    for (args, said) in
+        [(vec!["--format", "rate"], "needs a target"), (vec!["--format", "int8", "--bits", "4"], "takes no target")]
+    {
+        let refused = codecllm([vec!["compress", &source, "-o", "x"], args].concat());
+        assert_eq!(code(&refused), 2);
+        assert!(stderr(&refused).contains(said), "{}", stderr(&refused));
+    }
+}
+
+#[test]
 fn every_command_teaches() {
     for command in ["compress", "verify", "inspect"] {
         let help = codecllm([command, "--help"]);

@@ -67,7 +67,11 @@ pub fn compress(src: &Path, dst: &Path, options: &CompressOptions, progress: &dy
     let target = Target::new(src, dst, options.force, progress)?;
     let steps = match (options.encode.format, options.rate) {
         (Format::Rate, Some(rate)) => choose_steps(&source, &selected, rate, &options.encode, progress)?,
-        (Format::Rate, None) => return Err(Error::Parameter("format `rate` needs a target".into())),
+        (Format::Rate, None) => {
+            return Err(Error::Parameter(
+                "format `rate` needs a target: bits per weight, a size, or a KL divergence".into(),
+            ));
+        }
         (format, Some(_)) => return Err(Error::Parameter(format!("format `{format}` takes no target"))),
         _ => HashMap::new(),
     };
