@@ -1,0 +1,503 @@
+//! The operations of the forward pass on a GPU.
+//!
+//! A step of one token is recorded as a CUDA graph and replayed: what changes from token to token (the token and its
+//! position) is read from memory that [`Backend::begin`] writes. Its products read the weights once, with the norm before
+//! them and the sum after them in the same kernel. Steps of more tokens round activations to BF16 and multiply them by
+//! cuBLAS, where that is installed, and otherwise token by token.
+
+use super::blas::Blas;
+use super::device::{Device, Grid, failed};
+use super::host::{Pinned, Upload};
+use super::ops::{self, Kernels, NONE, Rows};
+use crate::backend::{Attention, Backend, CacheShape, Input, Logits, Norm, Projection};
+use crate::error::{Error, Result};
+use crate::sampler;
+use crate::weights::{DenseType, Weight};
+use cudarc::driver::sys::{CUdeviceptr, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr, DevicePtrMut};
+use std::sync::Mutex;
+
+/// Weights of a row are padded to a multiple of this, so that rows begin at 16 bytes.
+const ROW_ALIGN: usize = 8;
+/// Threads of kernels that go over a token's activations.
+const ROW_THREADS: u32 = 256;
+/// Blocks that choose a token.
+const CHOOSE_BLOCKS: u32 = 32;
+
+/// Runs models on a GPU.
+pub struct CudaBackend {
+    device: Device,
+    kernels: Kernels,
+    blas: Option<Blas>,
+    upload: Mutex<Upload>,
+}
+
+impl CudaBackend {
+    /// A backend on a GPU.
+    pub fn new(device: Device) -> Result<Self> {
+        let kernels = Kernels::load(&device)?;
+        let blas = Blas::load(&device)?;
+        let upload = Mutex::new(Upload::new(&device)?);
+        Ok(Self { device, kernels, blas, upload })
+    }
+
+    /// The GPU.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Whether cuBLAS was found. Without it, prompts take as long as the same tokens one by one.
+    pub fn has_blas(&self) -> bool {
+        self.blas.is_some()
+    }
+}
+
+/// A weight matrix in the GPU's memory.
+pub struct Matrix {
+    /// BF16, `[n_rows, stride]`
+    data: CudaSlice<u16>,
+    n_rows: usize,
+    n_cols: usize,
+    stride: usize,
+}
+
+/// f32 values in the GPU's memory.
+pub struct Vector(CudaSlice<f32>);
+
+/// Activations: `[capacity, width]`.
+pub struct Buffer {
+    data: CudaSlice<f32>,
+    /// The same rounded to BF16, `[capacity, width padded]`, while it is the input of a product of many tokens. Empty where
+    /// there is one token at most.
+    narrow: CudaSlice<u16>,
+    width: usize,
+}
+
+/// The tokens of a step.
+pub struct Batch {
+    /// The first position, then the tokens: as the host writes them, and where the kernels read them.
+    step_host: Pinned,
+    step: CudaSlice<u32>,
+    n_tokens: usize,
+    /// `[head_dim / 2]`
+    inverse_frequencies: CudaSlice<f32>,
+    /// The token that was chosen, and the bits of its logit.
+    choice_host: Pinned,
+    /// What the blocks that choose share: the best so far, and how many are done.
+    best: CudaSlice<u64>,
+    done: CudaSlice<u32>,
+}
+
+/// Keys and values of one layer, BF16, each `[n_kv_heads, capacity, head_dim]`.
+pub struct Cache {
+    shape: CacheShape,
+    keys: CudaSlice<u16>,
+    values: CudaSlice<u16>,
+    /// Blocks that share the positions of a token where it is alone.
+    n_shares: u32,
+    /// What they hand to the last of them, and how many are done.
+    partial: CudaSlice<f32>,
+    done: CudaSlice<u32>,
+}
+
+/// A step of one token.
+#[derive(Default)]
+pub struct Recording(Option<Graph>);
+
+struct Graph(CudaGraph);
+
+// SAFETY: a graph is launched through `&mut Recording` alone, so by one thread at a time.
+unsafe impl Send for Graph {}
+// SAFETY: as above; a shared reference can do nothing.
+unsafe impl Sync for Graph {}
+
+/// Activations that a product reads, and their norm.
+#[derive(Clone, Copy)]
+struct Activations {
+    x: CUdeviceptr,
+    narrow: CUdeviceptr,
+    norm: CUdeviceptr,
+    eps: f32,
+    n_tokens: usize,
+    n_cols: usize,
+}
+
+impl Activations {
+    /// Tokens `first` and after it.
+    fn new(x: &Input<'_, CudaBackend>, first: usize, n_tokens: usize) -> Self {
+        Self {
+            x: address(&x.x.data) + (4 * first * x.x.width) as CUdeviceptr,
+            narrow: address(&x.x.narrow),
+            norm: x.norm.map_or(NONE, |norm| address(&norm.weight.0)),
+            eps: x.norm.map_or(0.0, |norm| norm.eps),
+            n_tokens,
+            n_cols: x.x.width,
+        }
+    }
+}
+
+/// A product of [`Activations`].
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    matrix: &'a Matrix,
+    bias: CUdeviceptr,
+    out: CUdeviceptr,
+    adds: bool,
+}
+
+impl<'a> Product<'a> {
+    fn new(p: &mut Projection<'a, CudaBackend>) -> Self {
+        let bias = p.bias.map_or(NONE, |bias| address(&bias.0));
+        Self { matrix: p.matrix, bias, out: address_mut(&mut p.out.data), adds: p.adds }
+    }
+
+    fn rows(&self) -> Rows {
+        Rows {
+            weights: address(&self.matrix.data),
+            bias: self.bias,
+            out: self.out,
+            n_rows: self.matrix.n_rows as u32,
+            adds: self.adds.into(),
+        }
+    }
+}
+
+/// Where a slice lies. All work goes through one stream, so that no event guards it.
+fn address<T>(slice: &CudaSlice<T>) -> CUdeviceptr {
+    slice.device_ptr(slice.stream()).0
+}
+
+fn address_mut<T>(slice: &mut CudaSlice<T>) -> CUdeviceptr {
+    let stream = slice.stream().clone();
+    slice.device_ptr_mut(&stream).0
+}
+
+impl CudaBackend {
+    /// Rounds the activations to BF16, normalized where they are to be.
+    fn narrow(&self, x: &Activations) -> Result<()> {
+        let params = ops::Normalize {
+            x: x.x,
+            weight: x.norm,
+            out: NONE,
+            narrow: x.narrow,
+            eps: x.eps,
+            n_cols: x.n_cols as u32,
+            stride: x.n_cols.next_multiple_of(ROW_ALIGN) as u32,
+        };
+        let grid = Grid { blocks: (x.n_tokens as u32, 1, 1), threads: 4 * ROW_THREADS, shared_bytes: 0 };
+        // SAFETY: the buffer has a row of either form for each token.
+        unsafe { self.device.launch(&self.kernels.normalize, grid, &params) }
+    }
+
+    /// Any number of products of one input.
+    fn products(&self, x: Activations, products: &[Product<'_>]) -> Result<()> {
+        assert!(products.iter().all(|p| p.matrix.n_cols == x.n_cols), "a product's input has the matrix's width");
+        match &self.blas {
+            Some(blas) if x.n_tokens > 1 => {
+                self.narrow(&x)?;
+                products.iter().try_for_each(|p| self.many(blas, &x, p))
+            }
+            _ => products.chunks(ops::MAX_PRODUCTS).try_for_each(|p| self.matvec(x, p, false)),
+        }
+    }
+
+    /// The product of many tokens, whose BF16 form is at hand.
+    fn many(&self, blas: &Blas, x: &Activations, product: &Product<'_>) -> Result<()> {
+        let Matrix { data, n_rows, n_cols, stride } = product.matrix;
+        // SAFETY: matrix, input and output have the sizes that are given; all lie on the device's stream.
+        unsafe {
+            blas.product(address(data), [*n_rows, *n_cols, *stride], x.narrow, x.n_tokens, product.out, product.adds)?;
+        }
+        if product.bias != NONE {
+            let params = ops::AddBias { out: product.out, bias: product.bias, n_rows: *n_rows as u32 };
+            let grid = Grid { blocks: (x.n_tokens as u32, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
+            // SAFETY: the output has a row for each token; the bias has a value for each of its columns.
+            unsafe { self.device.launch(&self.kernels.add_bias, grid, &params)? };
+        }
+        Ok(())
+    }
+
+    /// Up to [`ops::MAX_PRODUCTS`] products in one launch, token by token.
+    fn matvec(&self, x: Activations, products: &[Product<'_>], is_gated: bool) -> Result<()> {
+        let stride = x.n_cols.next_multiple_of(ROW_ALIGN) as u32;
+        let mut params = ops::Matvec {
+            x: x.x,
+            norm: x.norm,
+            products: Default::default(),
+            eps: x.eps,
+            n_cols: x.n_cols as u32,
+            stride,
+        };
+        for (rows, product) in params.products.iter_mut().zip(products) {
+            *rows = product.rows();
+        }
+        let kernel = if is_gated { &self.kernels.matvec_gated } else { &self.kernels.matvec_dense };
+        let blocks = (self.device.n_multiprocessors(), x.n_tokens as u32, 1);
+        let grid = Grid { blocks, threads: ops::MATVEC_THREADS, shared_bytes: 4 * stride };
+        // SAFETY: matrices and vectors have the rows and columns that are given (checked by the callers), and the shared
+        // memory, which `matrix` bounded, holds the activations of a token.
+        unsafe { self.device.launch(kernel, grid, &params) }
+    }
+}
+
+impl Backend for CudaBackend {
+    type Matrix = Matrix;
+    type Vector = Vector;
+    type Buffer = Buffer;
+    type Batch = Batch;
+    type Cache = Cache;
+    type Recording = Recording;
+
+    const CHUNK: usize = 1024;
+
+    fn matrix(&self, weight: Weight) -> Result<Matrix> {
+        let (n_rows, n_cols, data) = match weight {
+            Weight::Dense { element: DenseType::Bf16, n_rows, n_cols, data } => (n_rows, n_cols, data),
+            Weight::Dense { element, .. } => {
+                return Err(Error::unsupported(
+                    "--device cuda",
+                    format!(
+                        "the weights are {element:?}; plain ones have to be BF16 on a GPU. Compress the model first"
+                    ),
+                ));
+            }
+            Weight::Encoded(_) => {
+                return Err(Error::unsupported("--device cuda", "encoded weights do not run on a GPU yet"));
+            }
+        };
+        let stride = n_cols.next_multiple_of(ROW_ALIGN);
+        if 4 * stride > self.device.shared_bytes() as usize {
+            return Err(Error::unsupported(
+                "--device cuda",
+                format!(
+                    "a matrix has {n_cols} columns; this GPU's shared memory has room for {}",
+                    self.device.shared_bytes() / 4
+                ),
+            ));
+        }
+        let mut to = self.device.zeros::<u16>(n_rows * stride)?;
+        let mut upload = self.upload.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        // SAFETY: the allocation has n_rows rows of `stride` weights.
+        unsafe { upload.copy(&self.device, &data, address_mut(&mut to), 2 * n_cols, 2 * stride)? };
+        Ok(Matrix { data: to, n_rows, n_cols, stride })
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<Vector> {
+        let bytes = 4 * values.len();
+        Ok(Vector(self.device.stream().clone_htod(&values).map_err(|e| self.device.out_of_memory(e, bytes))?))
+    }
+
+    fn buffer(&self, n_tokens: usize, width: usize) -> Result<Buffer> {
+        let n_narrow = if n_tokens > 1 { n_tokens * width.next_multiple_of(ROW_ALIGN) } else { 0 };
+        Ok(Buffer { data: self.device.zeros(n_tokens * width)?, narrow: self.device.zeros(n_narrow)?, width })
+    }
+
+    fn cache(&self, shape: CacheShape) -> Result<Cache> {
+        let CacheShape { capacity, n_heads, n_kv_heads, head_dim } = shape;
+        if head_dim % 8 != 0 {
+            return Err(Error::unsupported(
+                "--device cuda",
+                format!("the model's heads are {head_dim} wide; a multiple of 8 is needed on a GPU"),
+            ));
+        }
+        let n_blocks = head_blocks(&shape);
+        let n_shares = capacity.div_ceil(ops::ATTEND_THREADS as usize);
+        let n_shares = n_shares.min(2 * self.device.n_multiprocessors() as usize / n_blocks).max(1);
+        Ok(Cache {
+            shape,
+            keys: self.device.zeros(n_kv_heads * capacity * head_dim)?,
+            values: self.device.zeros(n_kv_heads * capacity * head_dim)?,
+            n_shares: n_shares as u32,
+            partial: self.device.zeros(n_heads * n_shares * (head_dim + 2))?,
+            done: self.device.zeros(n_blocks)?,
+        })
+    }
+
+    fn batch(&self, n_tokens: usize, inverse_frequencies: &[f32]) -> Result<Batch> {
+        Ok(Batch {
+            step_host: Pinned::new(&self.device, 4 * (1 + n_tokens))?,
+            step: self.device.zeros(1 + n_tokens)?,
+            n_tokens: 0,
+            inverse_frequencies: self.vector(inverse_frequencies.to_vec())?.0,
+            choice_host: Pinned::new(&self.device, 8)?,
+            best: self.device.zeros(1)?,
+            done: self.device.zeros(1)?,
+        })
+    }
+
+    fn matrix_bytes(&self, matrix: &Matrix) -> u64 {
+        matrix.data.num_bytes() as u64
+    }
+
+    fn begin(&self, batch: &mut Batch, tokens: &[u32], first_position: usize) -> Result<()> {
+        // The step before may not have read its tokens yet.
+        self.device.synchronize()?;
+        let words = std::iter::once(first_position as u32).chain(tokens.iter().copied());
+        for (to, word) in batch.step_host.bytes_mut().as_chunks_mut::<4>().0.iter_mut().zip(words) {
+            *to = word.to_ne_bytes();
+        }
+        batch.n_tokens = tokens.len();
+        Ok(())
+    }
+
+    fn run(&self, recording: Option<&mut Recording>, pass: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+        let Some(recording) = recording else { return pass() };
+        if recording.0.is_none() {
+            let stream = self.device.stream();
+            let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+            stream.begin_capture(mode).map_err(failed("recording a step"))?;
+            let issued = pass();
+            let graph = stream.end_capture(CUgraphInstantiate_flags(0));
+            issued?;
+            recording.0 = graph.map_err(failed("recording a step"))?.map(Graph);
+        }
+        let Some(graph) = &recording.0 else { return Err(Error::device("a step recorded nothing")) };
+        graph.0.launch().map_err(failed("running a step"))
+    }
+
+    fn embed(&self, batch: &Batch, table: &Matrix, out: &mut Buffer) -> Result<()> {
+        let n_words = 1 + batch.n_tokens as u32;
+        let step = address(&batch.step);
+        let params = ops::BeginStep { step_host: batch.step_host.address(), step, n_words };
+        let grid = Grid { blocks: (1, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
+        // SAFETY: both have room for the position and the batch's tokens.
+        unsafe { self.device.launch(&self.kernels.begin_step, grid, &params)? };
+
+        let params = ops::EmbedDense {
+            step,
+            table: address(&table.data),
+            out: address_mut(&mut out.data),
+            n_cols: table.n_cols as u32,
+            stride: table.stride as u32,
+        };
+        let grid = Grid { blocks: (batch.n_tokens as u32, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
+        // SAFETY: the model checked that the table has a row for each token; the output has one for each, too.
+        unsafe { self.device.launch(&self.kernels.embed_dense, grid, &params) }
+    }
+
+    fn project(&self, batch: &Batch, x: Input<'_, Self>, products: &mut [Projection<'_, Self>]) -> Result<()> {
+        let products: Vec<_> = products.iter_mut().map(Product::new).collect();
+        self.products(Activations::new(&x, 0, batch.n_tokens), &products)
+    }
+
+    fn project_gated(
+        &self,
+        batch: &Batch,
+        x: Input<'_, Self>,
+        mut gate: Projection<'_, Self>,
+        mut up: Projection<'_, Self>,
+    ) -> Result<()> {
+        let x = Activations::new(&x, 0, batch.n_tokens);
+        let products = [Product::new(&mut gate), Product::new(&mut up)];
+        if batch.n_tokens == 1 {
+            return self.matvec(x, &products, true);
+        }
+        self.products(x, &products)?;
+        let n = (batch.n_tokens * gate.matrix.n_rows) as u64;
+        let params = ops::SiluMul { gate: products[0].out, up: products[1].out, n };
+        let blocks = n.div_ceil(ROW_THREADS.into()).min(8 * u64::from(self.device.n_multiprocessors()));
+        let grid = Grid { blocks: (blocks as u32, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
+        // SAFETY: both buffers have n values.
+        unsafe { self.device.launch(&self.kernels.silu_mul, grid, &params) }
+    }
+
+    fn attend(&self, batch: &Batch, heads: Attention<'_, Self>, cache: &mut Cache, out: &mut Buffer) -> Result<()> {
+        let CacheShape { capacity, n_heads, n_kv_heads, head_dim } = cache.shape;
+        let n_tokens = batch.n_tokens as u32;
+        let norm = |norm: Option<Norm<'_, Self>>| norm.map_or((NONE, 0.0), |n| (address(&n.weight.0), n.eps));
+        let (query_norm, query_eps) = norm(heads.head_norms.map(|norms| norms.0));
+        let (key_norm, key_eps) = norm(heads.head_norms.map(|norms| norms.1));
+        let step = address(&batch.step);
+        let q = address_mut(&mut heads.q.data);
+        let (keys, values) = (address_mut(&mut cache.keys), address_mut(&mut cache.values));
+        let params = ops::Heads {
+            step,
+            q,
+            k: address(&heads.k.data),
+            v: address(&heads.v.data),
+            keys,
+            values,
+            inverse_frequencies: address(&batch.inverse_frequencies),
+            query_norm,
+            key_norm,
+            query_eps,
+            key_eps,
+            n_heads: n_heads as u32,
+            n_kv_heads: n_kv_heads as u32,
+            head_dim: head_dim as u32,
+            capacity: capacity as u32,
+        };
+        let warps = (n_heads + 2 * n_kv_heads) as u32;
+        let grid =
+            Grid { blocks: (warps.div_ceil(ROW_THREADS / 32), n_tokens, 1), threads: ROW_THREADS, shared_bytes: 0 };
+        // SAFETY: the buffers have a row of heads for each token; the model checked that the cache has its position.
+        unsafe { self.device.launch(&self.kernels.place_heads, grid, &params)? };
+
+        let params = ops::Attend {
+            step,
+            q,
+            keys,
+            values,
+            out: address_mut(&mut out.data),
+            partial: address_mut(&mut cache.partial),
+            done: address_mut(&mut cache.done),
+            n_heads: n_heads as u32,
+            n_kv_heads: n_kv_heads as u32,
+            head_dim: head_dim as u32,
+            capacity: capacity as u32,
+            window: heads.window.map_or(0, |window| window.min(capacity) as u32),
+        };
+        let kernel = match head_dim {
+            64 => &self.kernels.attend_64,
+            128 => &self.kernels.attend_128,
+            _ => &self.kernels.attend_any,
+        };
+        let n_shares = if n_tokens == 1 { cache.n_shares } else { 1 };
+        let grid = Grid {
+            blocks: (head_blocks(&cache.shape) as u32, n_shares, n_tokens),
+            threads: ops::ATTEND_THREADS,
+            shared_bytes: (4 * ops::TILE_HEADS * head_dim) as u32,
+        };
+        // SAFETY: as above; what the blocks share was made for so many of them, and only a lone token has several.
+        unsafe { self.device.launch(kernel, grid, &params) }
+    }
+
+    fn logits(&self, batch: &Batch, x: Input<'_, Self>, head: &Matrix, want: Logits, out: &mut Buffer) -> Result<()> {
+        let first = match want {
+            Logits::Last => batch.n_tokens - 1,
+            Logits::All => 0,
+        };
+        let product = Product { matrix: head, bias: NONE, out: address_mut(&mut out.data), adds: false };
+        self.products(Activations::new(&x, first, batch.n_tokens - first), &[product])
+    }
+
+    fn choose(&self, batch: &Batch, logits: &Buffer) -> Result<()> {
+        let params = ops::Choose {
+            logits: address(&logits.data),
+            best: address(&batch.best),
+            done: address(&batch.done),
+            choice_host: batch.choice_host.address(),
+            vocab: logits.width as u32,
+        };
+        let grid = Grid { blocks: (CHOOSE_BLOCKS, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
+        // SAFETY: the buffer has a row of logits; best and done are the batch's own.
+        unsafe { self.device.launch(&self.kernels.choose, grid, &params) }
+    }
+
+    fn likeliest(&self, batch: &Batch, _: &Buffer) -> Result<u32> {
+        self.device.synchronize()?;
+        let (token, logit) = (batch.choice_host.word(0), f32::from_bits(batch.choice_host.word(1)));
+        if logit.is_nan() { Err(sampler::not_a_number(token)) } else { Ok(token) }
+    }
+
+    fn read(&self, buffer: &Buffer, out: &mut [f32]) -> Result<()> {
+        let stream = self.device.stream();
+        stream.memcpy_dtoh(&buffer.data.slice(..out.len()), out).map_err(failed("copying logits"))?;
+        self.device.synchronize()
+    }
+}
+
+/// Blocks of attention for each token: each takes up to `TILE_HEADS` query heads of one key head.
+fn head_blocks(shape: &CacheShape) -> usize {
+    shape.n_kv_heads * (shape.n_heads / shape.n_kv_heads).div_ceil(ops::TILE_HEADS)
+}
