@@ -218,13 +218,13 @@ struct Heads {
     float* q;              // [n_tokens, n_heads, head_dim]
     const float* k;        // [n_tokens, n_kv_heads, head_dim]
     const float* v;
-    __nv_bfloat16* keys;    // [n_kv_heads, capacity, head_dim]
+    __nv_bfloat16* keys;    // [n_kv_heads, capacity, cached_dim]
     __nv_bfloat16* values;
     const float* inverse_frequencies;  // [head_dim / 2]
     const float* query_norm;           // [head_dim], or null
     const float* key_norm;
     float query_eps, key_eps;
-    uint32_t n_heads, n_kv_heads, head_dim, capacity;
+    uint32_t n_heads, n_kv_heads, head_dim, cached_dim, capacity;
 };
 
 // A warp normalizes and rotates a head, in place if it is a query's, into the cache if it is a key's; values are only
@@ -236,7 +236,7 @@ extern "C" __global__ void place_heads(const __grid_constant__ Heads p) {
     const uint32_t head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     const uint32_t position = p.step[0] + blockIdx.y;
     const uint32_t kv_head = head < p.n_heads + p.n_kv_heads ? head - p.n_heads : head - p.n_heads - p.n_kv_heads;
-    const size_t cached = (size_t(kv_head) * p.capacity + position) * p.head_dim;
+    const size_t cached = (size_t(kv_head) * p.capacity + position) * p.cached_dim;
     if (head >= p.n_heads + 2 * p.n_kv_heads) return;
     if (head >= p.n_heads + p.n_kv_heads) {
         const float* v = p.v + (size_t(blockIdx.y) * p.n_kv_heads + kv_head) * p.head_dim;
@@ -271,12 +271,12 @@ extern "C" __global__ void place_heads(const __grid_constant__ Heads p) {
 struct Attend {
     const uint32_t* step;
     const float* q;               // [n_tokens, n_heads, head_dim]
-    const __nv_bfloat16* keys;    // [n_kv_heads, capacity, head_dim]
+    const __nv_bfloat16* keys;    // [n_kv_heads, capacity, cached_dim], zeros past head_dim
     const __nv_bfloat16* values;
     float* out;                   // [n_tokens, n_heads, head_dim]
-    float* partial;               // [n_heads, gridDim.y, head_dim + 2]: unfinished sums, their largest score and weight
+    float* partial;               // [n_heads, gridDim.y, cached_dim + 2]: unfinished sums, their largest score and weight
     uint32_t* done;               // [gridDim.x], zeros
-    uint32_t n_heads, n_kv_heads, head_dim, capacity, window;  // window 0: none
+    uint32_t n_heads, n_kv_heads, head_dim, cached_dim, capacity, window;  // cached_dim: head_dim rounded up to 8; window 0: none
 };
 
 constexpr uint32_t ATTEND_THREADS = 128;
@@ -288,11 +288,11 @@ constexpr uint32_t TILE_HEADS = 8, TILE = ATTEND_THREADS;
 // token), the last to end joins their results. blockIdx: heads, share of the positions, token.
 template <uint32_t HEAD_DIM>
 __device__ __forceinline__ void attend(const Attend& p) {
-    const uint32_t head_dim = HEAD_DIM ? HEAD_DIM : p.head_dim, octets = head_dim / 8;
+    const uint32_t head_dim = HEAD_DIM ? HEAD_DIM : p.head_dim, dim = HEAD_DIM ? HEAD_DIM : p.cached_dim, octets = dim / 8;
     __shared__ float weights[TILE][TILE_HEADS];
     __shared__ float largest[TILE_HEADS], rescale[TILE_HEADS], total[TILE_HEADS];
     __shared__ bool is_last;
-    extern __shared__ float room[];  // queries [TILE_HEADS][head_dim]; at the end sums [4 warps][TILE_HEADS][head_dim]
+    extern __shared__ float room[];  // [TILE_HEADS][dim]: queries, and at the end sums
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     wait_for_previous();
     start_next();
@@ -305,11 +305,12 @@ __device__ __forceinline__ void attend(const Attend& p) {
     const uint32_t n_tiles = (position + 1 - first + TILE - 1) / TILE, n_shares = min(n_tiles, gridDim.y);
     if (blockIdx.y >= n_shares) return;
 
-    const __nv_bfloat16* keys = p.keys + size_t(kv_head) * p.capacity * head_dim;
-    const __nv_bfloat16* values = p.values + size_t(kv_head) * p.capacity * head_dim;
+    const __nv_bfloat16* keys = p.keys + size_t(kv_head) * p.capacity * dim;
+    const __nv_bfloat16* values = p.values + size_t(kv_head) * p.capacity * dim;
     const float* q = p.q + (size_t(blockIdx.z) * p.n_heads + head) * head_dim;
     const float root = rsqrtf(head_dim);
-    for (uint32_t i = threadIdx.x; i < TILE_HEADS * head_dim; i += ATTEND_THREADS) room[i] = i < n * head_dim ? q[i] * root : 0;
+    for (uint32_t i = threadIdx.x; i < TILE_HEADS * dim; i += ATTEND_THREADS)
+        room[i] = i < n * dim && i % dim < head_dim ? q[i / dim * head_dim + i % dim] * root : 0;
     if (threadIdx.x < TILE_HEADS) largest[threadIdx.x] = -INFINITY, total[threadIdx.x] = 0;
 
     // In the second half of a tile's work, a thread has eight columns of every `rows`-th value.
@@ -320,7 +321,7 @@ __device__ __forceinline__ void attend(const Attend& p) {
         __syncthreads();
         float score[TILE_HEADS] = {};
         if (threadIdx.x < n_positions) {
-            const uint4* key = reinterpret_cast<const uint4*>(keys + size_t(start + threadIdx.x) * head_dim);
+            const uint4* key = reinterpret_cast<const uint4*>(keys + size_t(start + threadIdx.x) * dim);
 #pragma unroll
             for (uint32_t i = 0; i < octets; i++) {
                 const uint4 k = key[i];
@@ -328,8 +329,8 @@ __device__ __forceinline__ void attend(const Attend& p) {
 #pragma unroll
                 for (uint32_t h = 0; h < TILE_HEADS; h++) {
                     if (h < n) {
-                        const float4 a = reinterpret_cast<const float4*>(room + h * head_dim)[2 * i];
-                        const float4 b = reinterpret_cast<const float4*>(room + h * head_dim)[2 * i + 1];
+                        const float4 a = reinterpret_cast<const float4*>(room + h * dim)[2 * i];
+                        const float4 b = reinterpret_cast<const float4*>(room + h * dim)[2 * i + 1];
                         score[h] += k0.x * a.x + k0.y * a.y + k1.x * a.z + k1.y * a.w;
                         score[h] += k2.x * b.x + k2.y * b.y + k3.x * b.z + k3.y * b.w;
                     }
@@ -361,7 +362,7 @@ __device__ __forceinline__ void attend(const Attend& p) {
 #pragma unroll
             for (uint32_t j = 0; j < 8; j++) sums[h][j] *= h < n ? rescale[h] : 0;
         for (uint32_t i = my_row; i < n_positions && my_row < rows; i += rows) {
-            const uint4 v = reinterpret_cast<const uint4*>(values + size_t(start + i) * head_dim)[my_octet];
+            const uint4 v = reinterpret_cast<const uint4*>(values + size_t(start + i) * dim)[my_octet];
             const float2 v0 = widen(v.x), v1 = widen(v.y), v2 = widen(v.z), v3 = widen(v.w);
             const float value[8] = {v0.x, v0.y, v1.x, v1.y, v2.x, v2.y, v3.x, v3.y};
 #pragma unroll
@@ -383,23 +384,28 @@ __device__ __forceinline__ void attend(const Attend& p) {
             for (uint32_t h = 0; h < TILE_HEADS; h++)
 #pragma unroll
                 for (uint32_t j = 0; j < 8; j++) {
-                    float& sum = room[h * head_dim + my_octet * 8 + j];
+                    float& sum = room[h * dim + my_octet * 8 + j];
                     sum = row == 0 ? sums[h][j] : sum + sums[h][j];
                 }
         }
     }
     __syncthreads();
+    // Element `i` of the block's sums, [n][dim], goes to its place if it is one of the output's.
     float* out = p.out + (size_t(blockIdx.z) * p.n_heads + head) * head_dim;
+    auto put = [&](uint32_t i, float value) {
+        if (i % dim < head_dim) out[i / dim * head_dim + i % dim] = value;
+    };
     if (n_shares == 1) {
-        for (uint32_t i = threadIdx.x; i < n * head_dim; i += ATTEND_THREADS) out[i] = room[i] / total[i / head_dim];
+        for (uint32_t i = threadIdx.x; i < n * dim; i += ATTEND_THREADS) put(i, room[i] / total[i / dim]);
         return;
     }
-    const uint32_t stride = head_dim + 2;
-    auto share_of = [&](uint32_t h, uint32_t share) { return p.partial + (size_t(head + h) * gridDim.y + share) * stride; };
-    for (uint32_t i = threadIdx.x; i < n * head_dim; i += ATTEND_THREADS) share_of(i / head_dim, blockIdx.y)[i % head_dim] = room[i];
+    auto share_of = [&](uint32_t h, uint32_t share) {
+        return p.partial + (size_t(head + h) * gridDim.y + share) * (dim + 2);
+    };
+    for (uint32_t i = threadIdx.x; i < n * dim; i += ATTEND_THREADS) share_of(i / dim, blockIdx.y)[i % dim] = room[i];
     if (threadIdx.x < n) {
-        share_of(threadIdx.x, blockIdx.y)[head_dim] = largest[threadIdx.x];
-        share_of(threadIdx.x, blockIdx.y)[head_dim + 1] = total[threadIdx.x];
+        share_of(threadIdx.x, blockIdx.y)[dim] = largest[threadIdx.x];
+        share_of(threadIdx.x, blockIdx.y)[dim + 1] = total[threadIdx.x];
     }
     __threadfence();
     __syncthreads();
@@ -408,17 +414,16 @@ __device__ __forceinline__ void attend(const Attend& p) {
     if (!is_last) return;
     __threadfence();
     if (threadIdx.x == 0) p.done[blockIdx.x] = 0;
-    for (uint32_t i = threadIdx.x; i < n * head_dim; i += ATTEND_THREADS) {
-        const uint32_t h = i / head_dim;
+    for (uint32_t i = threadIdx.x; i < n * dim; i += ATTEND_THREADS) {
         float best = -INFINITY, sum = 0, weight = 0;
-        for (uint32_t share = 0; share < n_shares; share++) best = fmaxf(best, __ldcg(share_of(h, share) + head_dim));
+        for (uint32_t share = 0; share < n_shares; share++) best = fmaxf(best, __ldcg(share_of(i / dim, share) + dim));
         for (uint32_t share = 0; share < n_shares; share++) {
-            const float* from = share_of(h, share);
-            const float factor = expf(__ldcg(from + head_dim) - best);
-            sum += factor * __ldcg(from + i % head_dim);
-            weight += factor * __ldcg(from + head_dim + 1);
+            const float* from = share_of(i / dim, share);
+            const float factor = expf(__ldcg(from + dim) - best);
+            sum += factor * __ldcg(from + i % dim);
+            weight += factor * __ldcg(from + dim + 1);
         }
-        out[i] = sum / weight;
+        put(i, sum / weight);
     }
 }
 

@@ -19,6 +19,8 @@ use std::sync::Mutex;
 
 /// Weights of a row are padded to a multiple of this, so that rows begin at 16 bytes.
 const ROW_ALIGN: usize = 8;
+/// Heads in the cache are padded to a multiple of this, likewise.
+const HEAD_ALIGN: usize = 8;
 /// Threads of kernels that go over a token's activations.
 const ROW_THREADS: u32 = 256;
 /// Blocks that choose a token.
@@ -88,7 +90,7 @@ pub struct Batch {
     done: CudaSlice<u32>,
 }
 
-/// Keys and values of one layer, BF16, each `[n_kv_heads, capacity, head_dim]`.
+/// Keys and values of one layer, BF16, each `[n_kv_heads, capacity, head_dim padded]`.
 pub struct Cache {
     shape: CacheShape,
     keys: CudaSlice<u16>,
@@ -294,21 +296,16 @@ impl Backend for CudaBackend {
 
     fn cache(&self, shape: CacheShape) -> Result<Cache> {
         let CacheShape { capacity, n_heads, n_kv_heads, head_dim } = shape;
-        if head_dim % 8 != 0 {
-            return Err(Error::unsupported(
-                "--device cuda",
-                format!("the model's heads are {head_dim} wide; a multiple of 8 is needed on a GPU"),
-            ));
-        }
+        let cached_dim = head_dim.next_multiple_of(HEAD_ALIGN);
         let n_blocks = head_blocks(&shape);
         let n_shares = capacity.div_ceil(ops::ATTEND_THREADS as usize);
         let n_shares = n_shares.min(2 * self.device.n_multiprocessors() as usize / n_blocks).max(1);
         Ok(Cache {
             shape,
-            keys: self.device.zeros(n_kv_heads * capacity * head_dim)?,
-            values: self.device.zeros(n_kv_heads * capacity * head_dim)?,
+            keys: self.device.zeros(n_kv_heads * capacity * cached_dim)?,
+            values: self.device.zeros(n_kv_heads * capacity * cached_dim)?,
             n_shares: n_shares as u32,
-            partial: self.device.zeros(n_heads * n_shares * (head_dim + 2))?,
+            partial: self.device.zeros(n_heads * n_shares * (cached_dim + 2))?,
             done: self.device.zeros(n_blocks)?,
         })
     }
@@ -403,6 +400,7 @@ impl Backend for CudaBackend {
 
     fn attend(&self, batch: &Batch, heads: Attention<'_, Self>, cache: &mut Cache, out: &mut Buffer) -> Result<()> {
         let CacheShape { capacity, n_heads, n_kv_heads, head_dim } = cache.shape;
+        let cached_dim = head_dim.next_multiple_of(HEAD_ALIGN);
         let n_tokens = batch.n_tokens as u32;
         let norm = |norm: Option<Norm<'_, Self>>| norm.map_or((NONE, 0.0), |n| (address(&n.weight.0), n.eps));
         let (query_norm, query_eps) = norm(heads.head_norms.map(|norms| norms.0));
@@ -425,6 +423,7 @@ impl Backend for CudaBackend {
             n_heads: n_heads as u32,
             n_kv_heads: n_kv_heads as u32,
             head_dim: head_dim as u32,
+            cached_dim: cached_dim as u32,
             capacity: capacity as u32,
         };
         let warps = (n_heads + 2 * n_kv_heads) as u32;
@@ -444,6 +443,7 @@ impl Backend for CudaBackend {
             n_heads: n_heads as u32,
             n_kv_heads: n_kv_heads as u32,
             head_dim: head_dim as u32,
+            cached_dim: cached_dim as u32,
             capacity: capacity as u32,
             window: heads.window.map_or(0, |window| window.min(capacity) as u32),
         };
@@ -456,7 +456,7 @@ impl Backend for CudaBackend {
         let grid = Grid {
             blocks: (head_blocks(&cache.shape) as u32, n_shares, n_tokens),
             threads: ops::ATTEND_THREADS,
-            shared_bytes: (4 * ops::TILE_HEADS * head_dim) as u32,
+            shared_bytes: (4 * ops::TILE_HEADS * cached_dim) as u32,
         };
         // SAFETY: as above; what the blocks share was made for so many of them, and only a lone token has several.
         unsafe { self.device.launch(kernel, grid, &params) }

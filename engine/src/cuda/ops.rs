@@ -104,6 +104,7 @@ pub(super) struct Heads {
     pub n_heads: u32,
     pub n_kv_heads: u32,
     pub head_dim: u32,
+    pub cached_dim: u32,
     pub capacity: u32,
 }
 
@@ -120,6 +121,7 @@ pub(super) struct Attend {
     pub n_heads: u32,
     pub n_kv_heads: u32,
     pub head_dim: u32,
+    pub cached_dim: u32,
     pub capacity: u32,
     pub window: u32,
 }
