@@ -2,6 +2,7 @@
 //
 // Each is one decoder (decode.cuh) with another sink. A launch takes several tensors, each of which gets a share of the thread blocks, and
 // so loads its table once a thread block; the warps go over its blocks.
+#include "common.cuh"
 #include "decode.cuh"
 
 constexpr u32 MAX_TASKS = 8;
@@ -456,8 +457,10 @@ template <int FORMAT, class C, class Sink>
 __device__ __forceinline__ void go_over_strips(const Launch& launch) {
     const Task& task = find_task(launch);
     const Matrix& m = task.matrix;
+    start_next();
     load_table(m, (uint2*)shared_memory);
     __syncthreads();
+    wait_for_previous();
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
     const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, Sink::TILE_BYTES);
     Sink sink(launch, task, ring + RING_BYTES, lane);
@@ -480,8 +483,10 @@ template <int FORMAT, class C>
 __device__ __forceinline__ void gather(const Launch& launch) {
     const Task& task = launch.tasks[0];
     const Matrix& m = task.matrix;
+    start_next();
     load_table(m, (uint2*)shared_memory);
-    __syncthreads();
+    __syncwarp();
+    wait_for_previous();
     const u32 lane = threadIdx.x % 32, token = launch.tokens[blockIdx.y];
     if (token >= m.n_rows) return;
     const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, 0);
@@ -579,6 +584,8 @@ __device__ __forceinline__ void to_fixed(const Prepare& p, u32 token, Put put) {
 
 // [columns / 4][high 4, low 4]
 extern "C" __global__ void prepare_int8_1(const __grid_constant__ Prepare p) {
+    start_next();
+    wait_for_previous();
     to_fixed(p, blockIdx.x, [&](u32 c, i32 high, i32 low) {
         ((signed char*)p.out)[c / 4 * 8 + c % 4] = high;
         ((signed char*)p.out)[c / 4 * 8 + 4 + c % 4] = low;
@@ -587,6 +594,8 @@ extern "C" __global__ void prepare_int8_1(const __grid_constant__ Prepare p) {
 
 // The operand of mma, 16 bytes a lane: [unit][8 tokens][lane][high 0-15, high 16-31, low 0-15, low 16-31][4]
 extern "C" __global__ void prepare_int8_mma(const __grid_constant__ Prepare p) {
+    start_next();
+    wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
     to_fixed(p, token, [&](u32 c, i32 high, i32 low) {
         const u32 in_unit = c % 32, lane = token % 8 * 4 + in_unit % 16 / 4;
@@ -596,6 +605,8 @@ extern "C" __global__ void prepare_int8_mma(const __grid_constant__ Prepare p) {
 }
 
 extern "C" __global__ void prepare_float_1(const __grid_constant__ Prepare p) {
+    start_next();
+    wait_for_previous();
     for (u32 c = threadIdx.x; c < (p.n_cols + 31) / 32 * 32; c += blockDim.x) {
         ((float*)p.out)[(u64)blockIdx.x * ((p.n_cols + 31) / 32 * 32) + c] = c < p.n_cols ? p.x[(u64)blockIdx.x * p.n_cols + c] : 0;
     }
@@ -603,6 +614,8 @@ extern "C" __global__ void prepare_float_1(const __grid_constant__ Prepare p) {
 
 // The same for bf16, of 16 columns: [unit][8 tokens][half][lane][high 0-7, high 8-15, low 0-7, low 8-15][2], x = high + low but for 2^-17 of it.
 extern "C" __global__ void prepare_float_mma(const __grid_constant__ Prepare p) {
+    start_next();
+    wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
     for (u32 c = threadIdx.x; c < (p.n_cols + 31) / 32 * 32; c += blockDim.x) {
         const float v = token < p.n_tokens && c < p.n_cols ? p.x[(u64)token * p.n_cols + c] : 0;

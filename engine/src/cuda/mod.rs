@@ -4,5 +4,6 @@
 //! The kernels (`engine/cuda/*.cu`) are compiled ahead, for every GPU from Ampere on, by `scripts/build-kernels.sh`.
 
 mod device;
+mod encoded;
 
 pub use device::Device;
