@@ -6,18 +6,20 @@
 
 struct BeginStep {
     const uint32_t* step_host;  // [1 + n_tokens]: the first position, then tokens; in the host's memory
-    uint32_t* step;             // the same here
-    uint32_t n_words;
+    uint32_t* position;
+    uint32_t* tokens;           // [n_tokens]
+    uint32_t n_tokens;
 };
 
 extern "C" __global__ void begin_step(const __grid_constant__ BeginStep p) {
     wait_for_previous();
     start_next();
-    for (uint32_t i = threadIdx.x; i < p.n_words; i += blockDim.x) p.step[i] = p.step_host[i];
+    if (threadIdx.x == 0) *p.position = p.step_host[0];
+    for (uint32_t i = threadIdx.x; i < p.n_tokens; i += blockDim.x) p.tokens[i] = p.step_host[1 + i];
 }
 
 struct EmbedDense {
-    const uint32_t* step;
+    const uint32_t* tokens;
     const __nv_bfloat16* table;  // [vocab, stride]
     float* out;                  // [n_tokens, n_cols]
     uint32_t n_cols, stride;
@@ -26,7 +28,7 @@ struct EmbedDense {
 extern "C" __global__ void embed_dense(const __grid_constant__ EmbedDense p) {
     wait_for_previous();
     start_next();
-    const __nv_bfloat16* row = p.table + size_t(p.step[1 + blockIdx.x]) * p.stride;
+    const __nv_bfloat16* row = p.table + size_t(p.tokens[blockIdx.x]) * p.stride;
     for (uint32_t i = threadIdx.x; i < p.n_cols; i += blockDim.x)
         p.out[size_t(blockIdx.x) * p.n_cols + i] = __bfloat162float(row[i]);
 }
@@ -198,6 +200,19 @@ extern "C" __global__ void add_bias(const __grid_constant__ AddBias p) {
     for (uint32_t i = threadIdx.x; i < p.n_rows; i += blockDim.x) p.out[size_t(blockIdx.x) * p.n_rows + i] += p.bias[i];
 }
 
+struct Add {
+    float* x;
+    const float* y;
+    uint64_t n;
+};
+
+extern "C" __global__ void add(const __grid_constant__ Add p) {
+    wait_for_previous();
+    start_next();
+    for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < p.n; i += uint64_t(gridDim.x) * blockDim.x)
+        p.x[i] += p.y[i];
+}
+
 struct SiluMul {
     float* gate;
     const float* up;
@@ -214,7 +229,7 @@ extern "C" __global__ void silu_mul(const __grid_constant__ SiluMul p) {
 // ---- Attention -------------------------------------------------------------------------------------------------------
 
 struct Heads {
-    const uint32_t* step;  // the first position
+    const uint32_t* first_position;
     float* q;              // [n_tokens, n_heads, head_dim]
     const float* k;        // [n_tokens, n_kv_heads, head_dim]
     const float* v;
@@ -234,7 +249,7 @@ extern "C" __global__ void place_heads(const __grid_constant__ Heads p) {
     start_next();
     const uint32_t lane = threadIdx.x % 32, half = p.head_dim / 2;
     const uint32_t head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    const uint32_t position = p.step[0] + blockIdx.y;
+    const uint32_t position = *p.first_position + blockIdx.y;
     const uint32_t kv_head = head < p.n_heads + p.n_kv_heads ? head - p.n_heads : head - p.n_heads - p.n_kv_heads;
     const size_t cached = (size_t(kv_head) * p.capacity + position) * p.cached_dim;
     if (head >= p.n_heads + 2 * p.n_kv_heads) return;
@@ -269,7 +284,7 @@ extern "C" __global__ void place_heads(const __grid_constant__ Heads p) {
 }
 
 struct Attend {
-    const uint32_t* step;
+    const uint32_t* first_position;
     const float* q;               // [n_tokens, n_heads, head_dim]
     const __nv_bfloat16* keys;    // [n_kv_heads, capacity, cached_dim], zeros past head_dim
     const __nv_bfloat16* values;
@@ -300,7 +315,7 @@ __device__ __forceinline__ void attend(const Attend& p) {
     const uint32_t group = p.n_heads / p.n_kv_heads, tiles_of_group = (group + TILE_HEADS - 1) / TILE_HEADS;
     const uint32_t kv_head = blockIdx.x / tiles_of_group, first_of_tile = blockIdx.x % tiles_of_group * TILE_HEADS;
     const uint32_t head = kv_head * group + first_of_tile, n = min(TILE_HEADS, group - first_of_tile);
-    const uint32_t position = p.step[0] + blockIdx.z;
+    const uint32_t position = *p.first_position + blockIdx.z;
     const uint32_t first = p.window && position + 1 > p.window ? position + 1 - p.window : 0;
     const uint32_t n_tiles = (position + 1 - first + TILE - 1) / TILE, n_shares = min(n_tiles, gridDim.y);
     if (blockIdx.y >= n_shares) return;

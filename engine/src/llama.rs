@@ -138,6 +138,13 @@ impl Model {
 }
 
 impl<B: Backend> Model<B> {
+    /// Loads a checkpoint or an archive in Hugging Face layout onto a backend; `check` says which checksums of encoded
+    /// tensors are compared.
+    pub fn load_on(backend: B, dir: &Path, check: Checks) -> Result<Self> {
+        let config = Config::open(dir)?;
+        Self::on_backend(backend, config, &Loader::new(&Checkpoint::open(dir)?, check))
+    }
+
     /// Builds a model on a backend.
     pub fn on_backend(backend: B, config: Config, loader: &Loader) -> Result<Self> {
         let mut upload = Upload { backend: &backend, loader, bytes: 0 };

@@ -3,10 +3,12 @@
 //! A step of one token is recorded as a CUDA graph and replayed: what changes from token to token (the token and its
 //! position) is read from memory that [`Backend::begin`] writes. Its products read the weights once, with the norm before
 //! them and the sum after them in the same kernel. Steps of more tokens round activations to BF16 and multiply them by
-//! cuBLAS, where that is installed, and otherwise token by token.
+//! cuBLAS, where that is installed, and otherwise token by token. Encoded matrices are multiplied as they are up to 16
+//! tokens, and for more decoded into a buffer first that all of them share.
 
 use super::blas::Blas;
 use super::device::{Device, Grid, failed};
+use super::encoded::{self, EncodedKernels, EncodedMatrix, OperandBuffer, PRODUCT_TOKENS};
 use super::host::{Pinned, Upload};
 use super::ops::{self, Kernels, NONE, Rows};
 use crate::backend::{Attention, Backend, CacheShape, Input, Logits, Norm, Projection};
@@ -14,8 +16,9 @@ use crate::error::{Error, Result};
 use crate::sampler;
 use crate::weights::{DenseType, Weight};
 use cudarc::driver::sys::{CUdeviceptr, CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr, DevicePtrMut};
-use std::sync::Mutex;
+use cudarc::driver::{CudaFunction, CudaGraph, CudaSlice, DevicePtr, DevicePtrMut};
+use half::bf16;
+use std::sync::{Mutex, MutexGuard};
 
 /// Weights of a row are padded to a multiple of this, so that rows begin at 16 bytes.
 const ROW_ALIGN: usize = 8;
@@ -32,6 +35,22 @@ pub struct CudaBackend {
     kernels: Kernels,
     blas: Option<Blas>,
     upload: Mutex<Upload>,
+    encoded: EncodedKernels,
+    scratch: Mutex<Scratch>,
+}
+
+/// What products of encoded matrices need, one after another. It grows while a model is loaded, and for a first prompt.
+struct Scratch {
+    /// The activations as those products take them, of up to `max_cols` columns.
+    operand: OperandBuffer,
+    max_cols: usize,
+    /// Normalized activations, `[PRODUCT_TOKENS, max_cols]`.
+    normed: CudaSlice<f32>,
+    /// Products that are to be added to something, `[PRODUCT_TOKENS, max_rows]`.
+    delta: CudaSlice<f32>,
+    max_rows: usize,
+    /// A decoded matrix.
+    decoded: CudaSlice<bf16>,
 }
 
 impl CudaBackend {
@@ -40,7 +59,17 @@ impl CudaBackend {
         let kernels = Kernels::load(&device)?;
         let blas = Blas::load(&device)?;
         let upload = Mutex::new(Upload::new(&device)?);
-        Ok(Self { device, kernels, blas, upload })
+        let encoded = EncodedKernels::new(&device)?;
+        let scratch = Mutex::new(Scratch {
+            operand: encoded.operand(&device, 0)?,
+            max_cols: 0,
+            normed: device.zeros(0)?,
+            delta: device.zeros(0)?,
+            max_rows: 0,
+            // SAFETY: it is empty.
+            decoded: unsafe { device.stream().alloc(0) }.map_err(failed("allocating memory"))?,
+        });
+        Ok(Self { device, kernels, blas, upload, encoded, scratch })
     }
 
     /// The GPU.
@@ -54,13 +83,53 @@ impl CudaBackend {
     }
 }
 
+impl Scratch {
+    /// Makes room for the products of a matrix.
+    fn grow(&mut self, backend: &CudaBackend, n_rows: usize, n_cols: usize) -> Result<()> {
+        let device = &backend.device;
+        if n_cols > self.max_cols {
+            self.operand = backend.encoded.operand(device, n_cols)?;
+            self.normed = device.zeros(PRODUCT_TOKENS * n_cols)?;
+            self.max_cols = n_cols;
+        }
+        if n_rows > self.max_rows {
+            self.delta = device.zeros(PRODUCT_TOKENS * n_rows)?;
+            self.max_rows = n_rows;
+        }
+        Ok(())
+    }
+}
+
 /// A weight matrix in the GPU's memory.
-pub struct Matrix {
-    /// BF16, `[n_rows, stride]`
+pub struct Matrix(Storage);
+
+enum Storage {
+    Dense(Dense),
+    Encoded(EncodedMatrix),
+}
+
+/// BF16, `[n_rows, stride]`
+struct Dense {
     data: CudaSlice<u16>,
     n_rows: usize,
     n_cols: usize,
     stride: usize,
+}
+
+impl Matrix {
+    fn n_rows(&self) -> usize {
+        match &self.0 {
+            Storage::Dense(dense) => dense.n_rows,
+            Storage::Encoded(encoded) => encoded.n_rows(),
+        }
+    }
+
+    fn n_cols(&self) -> usize {
+        match &self.0 {
+            Storage::Dense(dense) => dense.n_cols,
+            Storage::Encoded(encoded) => encoded.n_cols(),
+        }
+    }
 }
 
 /// f32 values in the GPU's memory.
@@ -79,7 +148,8 @@ pub struct Buffer {
 pub struct Batch {
     /// The first position, then the tokens: as the host writes them, and where the kernels read them.
     step_host: Pinned,
-    step: CudaSlice<u32>,
+    position: CudaSlice<u32>,
+    tokens: CudaSlice<u32>,
     n_tokens: usize,
     /// `[head_dim / 2]`
     inverse_frequencies: CudaSlice<f32>,
@@ -113,54 +183,47 @@ unsafe impl Send for Graph {}
 // SAFETY: as above; a shared reference can do nothing.
 unsafe impl Sync for Graph {}
 
-/// Activations that a product reads, and their norm.
+/// Activations that products read, and their norm.
 #[derive(Clone, Copy)]
-struct Activations {
-    x: CUdeviceptr,
-    narrow: CUdeviceptr,
-    norm: CUdeviceptr,
-    eps: f32,
+struct Activations<'a> {
+    buffer: &'a Buffer,
+    /// The first of `n_tokens` tokens.
+    first: usize,
     n_tokens: usize,
-    n_cols: usize,
+    norm: Option<Norm<'a, CudaBackend>>,
 }
 
-impl Activations {
-    /// Tokens `first` and after it.
-    fn new(x: &Input<'_, CudaBackend>, first: usize, n_tokens: usize) -> Self {
-        Self {
-            x: address(&x.x.data) + (4 * first * x.x.width) as CUdeviceptr,
-            narrow: address(&x.x.narrow),
-            norm: x.norm.map_or(NONE, |norm| address(&norm.weight.0)),
-            eps: x.norm.map_or(0.0, |norm| norm.eps),
-            n_tokens,
-            n_cols: x.x.width,
-        }
+impl<'a> Activations<'a> {
+    fn new(x: Input<'a, CudaBackend>, first: usize, n_tokens: usize) -> Self {
+        Self { buffer: x.x, first, n_tokens, norm: x.norm }
+    }
+
+    fn n_cols(&self) -> usize {
+        self.buffer.width
+    }
+
+    fn stride(&self) -> usize {
+        self.buffer.width.next_multiple_of(ROW_ALIGN)
+    }
+
+    fn address(&self) -> CUdeviceptr {
+        address(&self.buffer.data) + (4 * self.first * self.buffer.width) as CUdeviceptr
+    }
+
+    /// Where the norm's weight is and what keeps its root from zero.
+    fn norm(&self) -> (CUdeviceptr, f32) {
+        self.norm.map_or((NONE, 0.0), |norm| (address(&norm.weight.0), norm.eps))
     }
 }
 
-/// A product of [`Activations`].
-#[derive(Clone, Copy)]
-struct Product<'a> {
-    matrix: &'a Matrix,
-    bias: CUdeviceptr,
-    out: CUdeviceptr,
-    adds: bool,
-}
-
-impl<'a> Product<'a> {
-    fn new(p: &mut Projection<'a, CudaBackend>) -> Self {
-        let bias = p.bias.map_or(NONE, |bias| address(&bias.0));
-        Self { matrix: p.matrix, bias, out: address_mut(&mut p.out.data), adds: p.adds }
-    }
-
-    fn rows(&self) -> Rows {
-        Rows {
-            weights: address(&self.matrix.data),
-            bias: self.bias,
-            out: self.out,
-            n_rows: self.matrix.n_rows as u32,
-            adds: self.adds.into(),
-        }
+/// The rows of a dense matrix, or of one that was decoded, and what becomes of their product.
+fn rows(weights: CUdeviceptr, product: &mut Projection<'_, CudaBackend>) -> Rows {
+    Rows {
+        weights,
+        bias: product.bias.map_or(NONE, |bias| address(&bias.0)),
+        out: address_mut(&mut product.out.data),
+        n_rows: product.matrix.n_rows() as u32,
+        adds: product.adds.into(),
     }
 }
 
@@ -175,43 +238,94 @@ fn address_mut<T>(slice: &mut CudaSlice<T>) -> CUdeviceptr {
 }
 
 impl CudaBackend {
-    /// Rounds the activations to BF16, normalized where they are to be.
-    fn narrow(&self, x: &Activations) -> Result<()> {
-        let params = ops::Normalize {
-            x: x.x,
-            weight: x.norm,
-            out: NONE,
-            narrow: x.narrow,
-            eps: x.eps,
-            n_cols: x.n_cols as u32,
-            stride: x.n_cols.next_multiple_of(ROW_ALIGN) as u32,
+    fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        self.scratch.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// A grid over `n` values, each thread taking several.
+    fn elementwise(&self, n: usize) -> Grid {
+        let blocks = n.div_ceil(ROW_THREADS as usize).min(8 * self.device.n_multiprocessors() as usize);
+        Grid { blocks: (blocks as u32, 1, 1), threads: ROW_THREADS, shared_bytes: 0 }
+    }
+
+    /// Normalizes activations, where they are to be: into `out` as f32, or rounded into their buffer's BF16 form.
+    fn normalize(&self, x: &Activations<'_>, out: Option<&mut CudaSlice<f32>>) -> Result<()> {
+        let (weight, eps) = x.norm();
+        let (out, narrow) = match out {
+            Some(out) => (address_mut(out), NONE),
+            None => (NONE, address(&x.buffer.narrow)),
         };
+        let (n_cols, stride) = (x.n_cols() as u32, x.stride() as u32);
+        let params = ops::Normalize { x: x.address(), weight, out, narrow, eps, n_cols, stride };
         let grid = Grid { blocks: (x.n_tokens as u32, 1, 1), threads: 4 * ROW_THREADS, shared_bytes: 0 };
-        // SAFETY: the buffer has a row of either form for each token.
+        // SAFETY: the buffer has a row of either form for each token, and so has `out`.
         unsafe { self.device.launch(&self.kernels.normalize, grid, &params) }
     }
 
     /// Any number of products of one input.
-    fn products(&self, x: Activations, products: &[Product<'_>]) -> Result<()> {
-        assert!(products.iter().all(|p| p.matrix.n_cols == x.n_cols), "a product's input has the matrix's width");
-        match &self.blas {
-            Some(blas) if x.n_tokens > 1 => {
-                self.narrow(&x)?;
-                products.iter().try_for_each(|p| self.many(blas, &x, p))
+    fn products(&self, x: Activations<'_>, products: &mut [Projection<'_, Self>]) -> Result<()> {
+        assert!(products.iter().all(|p| p.matrix.n_cols() == x.n_cols()), "a product's input has the matrix's width");
+        let mut dense = Vec::new();
+        let mut encoded = Vec::new();
+        for product in products {
+            match &product.matrix.0 {
+                Storage::Dense(matrix) => dense.push((matrix, product)),
+                Storage::Encoded(matrix) => encoded.push((matrix, product)),
             }
-            _ => products.chunks(ops::MAX_PRODUCTS).try_for_each(|p| self.matvec(x, p, false)),
         }
+        let blas = self.blas.as_ref().filter(|_| x.n_tokens > 1);
+        if blas.is_some() && (!dense.is_empty() || x.n_tokens > PRODUCT_TOKENS) {
+            self.normalize(&x, None)?;
+        }
+        match blas {
+            Some(blas) => {
+                for (matrix, product) in dense {
+                    self.many(blas, &x, address(&matrix.data), matrix.stride, product)?;
+                }
+            }
+            None => {
+                let rows: Vec<_> = dense.into_iter().map(|(matrix, p)| rows(address(&matrix.data), p)).collect();
+                for rows in rows.chunks(ops::MAX_PRODUCTS) {
+                    self.matvec(&self.kernels.matvec_dense, &x, rows)?;
+                }
+            }
+        }
+        if encoded.is_empty() {
+            return Ok(());
+        }
+        if x.n_tokens <= PRODUCT_TOKENS {
+            return self.encoded_products(&x, encoded);
+        }
+        let Some(blas) = blas else {
+            return Err(Error::device(format!(
+                "prompts of more than {PRODUCT_TOKENS} tokens need cuBLAS where weights are encoded; install the CUDA \
+                 toolkit's libcublas.so, or use --device cpu"
+            )));
+        };
+        for (matrix, product) in encoded {
+            let decoded = &mut self.scratch().decoded;
+            self.decode(matrix, decoded)?;
+            self.many(blas, &x, address(decoded), matrix.n_cols(), product)?;
+        }
+        Ok(())
     }
 
-    /// The product of many tokens, whose BF16 form is at hand.
-    fn many(&self, blas: &Blas, x: &Activations, product: &Product<'_>) -> Result<()> {
-        let Matrix { data, n_rows, n_cols, stride } = product.matrix;
+    /// The product of many tokens, whose BF16 form is at hand, by `weights`, `[n_rows, stride]`.
+    fn many(
+        &self,
+        blas: &Blas,
+        x: &Activations<'_>,
+        weights: CUdeviceptr,
+        stride: usize,
+        product: &mut Projection<'_, Self>,
+    ) -> Result<()> {
+        let rows = rows(weights, product);
+        let shape = [product.matrix.n_rows(), product.matrix.n_cols()];
+        let narrow = address(&x.buffer.narrow);
         // SAFETY: matrix, input and output have the sizes that are given; all lie on the device's stream.
-        unsafe {
-            blas.product(address(data), [*n_rows, *n_cols, *stride], x.narrow, x.n_tokens, product.out, product.adds)?;
-        }
-        if product.bias != NONE {
-            let params = ops::AddBias { out: product.out, bias: product.bias, n_rows: *n_rows as u32 };
+        unsafe { blas.product(weights, stride, shape, narrow, x.stride(), x.n_tokens, rows.out, product.adds)? };
+        if rows.bias != NONE {
+            let params = ops::AddBias { out: rows.out, bias: rows.bias, n_rows: rows.n_rows };
             let grid = Grid { blocks: (x.n_tokens as u32, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
             // SAFETY: the output has a row for each token; the bias has a value for each of its columns.
             unsafe { self.device.launch(&self.kernels.add_bias, grid, &params)? };
@@ -220,25 +334,61 @@ impl CudaBackend {
     }
 
     /// Up to [`ops::MAX_PRODUCTS`] products in one launch, token by token.
-    fn matvec(&self, x: Activations, products: &[Product<'_>], is_gated: bool) -> Result<()> {
-        let stride = x.n_cols.next_multiple_of(ROW_ALIGN) as u32;
-        let mut params = ops::Matvec {
-            x: x.x,
-            norm: x.norm,
-            products: Default::default(),
-            eps: x.eps,
-            n_cols: x.n_cols as u32,
-            stride,
-        };
-        for (rows, product) in params.products.iter_mut().zip(products) {
-            *rows = product.rows();
-        }
-        let kernel = if is_gated { &self.kernels.matvec_gated } else { &self.kernels.matvec_dense };
+    fn matvec(&self, kernel: &CudaFunction, x: &Activations<'_>, rows: &[Rows]) -> Result<()> {
+        let (norm, eps) = x.norm();
+        let (n_cols, stride) = (x.n_cols() as u32, x.stride() as u32);
+        let mut params = ops::Matvec { x: x.address(), norm, products: Default::default(), eps, n_cols, stride };
+        params.products[..rows.len()].copy_from_slice(rows);
         let blocks = (self.device.n_multiprocessors(), x.n_tokens as u32, 1);
         let grid = Grid { blocks, threads: ops::MATVEC_THREADS, shared_bytes: 4 * stride };
         // SAFETY: matrices and vectors have the rows and columns that are given (checked by the callers), and the shared
         // memory, which `matrix` bounded, holds the activations of a token.
         unsafe { self.device.launch(kernel, grid, &params) }
+    }
+
+    /// Decodes a matrix into `decoded`, which grows where it has to.
+    fn decode(&self, matrix: &EncodedMatrix, decoded: &mut CudaSlice<bf16>) -> Result<()> {
+        let len = matrix.n_rows() * matrix.n_cols();
+        if decoded.len() < len {
+            // SAFETY: every element is written before it is read.
+            *decoded = unsafe { self.device.stream().alloc(len) }.map_err(|e| self.device.out_of_memory(e, 2 * len))?;
+        }
+        self.encoded.decode(&self.device, &mut [(matrix, decoded)])
+    }
+
+    /// Products of up to sixteen tokens, straight from the compressed blocks.
+    fn encoded_products(
+        &self,
+        x: &Activations<'_>,
+        products: Vec<(&EncodedMatrix, &mut Projection<'_, Self>)>,
+    ) -> Result<()> {
+        let Scratch { operand, normed, delta, .. } = &mut *self.scratch();
+        let x_data = if x.norm.is_some() || x.first > 0 {
+            self.normalize(x, Some(normed))?;
+            &*normed
+        } else {
+            &x.buffer.data
+        };
+        let mut adding = Vec::new();
+        let mut replacing = Vec::new();
+        for (matrix, product) in products {
+            let bias = product.bias.map(|bias| &bias.0);
+            let out = &mut product.out.data;
+            match product.adds {
+                true => adding.push((matrix, bias, out)),
+                false => replacing.push(encoded::Product { matrix, bias, out }),
+            }
+        }
+        self.encoded.product(&self.device, operand, x_data, x.n_tokens, &mut replacing)?;
+        for (matrix, bias, out) in adding {
+            let products = &mut [encoded::Product { matrix, bias, out: &mut *delta }];
+            self.encoded.product(&self.device, operand, x_data, x.n_tokens, products)?;
+            let n = x.n_tokens * matrix.n_rows();
+            let params = ops::Add { x: address_mut(out), y: address(delta), n: n as u64 };
+            // SAFETY: both have n values.
+            unsafe { self.device.launch(&self.kernels.add, self.elementwise(n), &params)? };
+        }
+        Ok(())
     }
 }
 
@@ -250,7 +400,7 @@ impl Backend for CudaBackend {
     type Cache = Cache;
     type Recording = Recording;
 
-    const CHUNK: usize = 1024;
+    const CHUNK: usize = 2048;
 
     fn matrix(&self, weight: Weight) -> Result<Matrix> {
         let (n_rows, n_cols, data) = match weight {
@@ -263,8 +413,10 @@ impl Backend for CudaBackend {
                     ),
                 ));
             }
-            Weight::Encoded(_) => {
-                return Err(Error::unsupported("--device cuda", "encoded weights do not run on a GPU yet"));
+            Weight::Encoded(tensor) => {
+                let matrix = EncodedMatrix::new(&self.device, &self.encoded, &tensor)?;
+                self.scratch().grow(self, matrix.n_rows(), matrix.n_cols())?;
+                return Ok(Matrix(Storage::Encoded(matrix)));
             }
         };
         let stride = n_cols.next_multiple_of(ROW_ALIGN);
@@ -281,7 +433,7 @@ impl Backend for CudaBackend {
         let mut upload = self.upload.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         // SAFETY: the allocation has n_rows rows of `stride` weights.
         unsafe { upload.copy(&self.device, &data, address_mut(&mut to), 2 * n_cols, 2 * stride)? };
-        Ok(Matrix { data: to, n_rows, n_cols, stride })
+        Ok(Matrix(Storage::Dense(Dense { data: to, n_rows, n_cols, stride })))
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Vector> {
@@ -313,7 +465,8 @@ impl Backend for CudaBackend {
     fn batch(&self, n_tokens: usize, inverse_frequencies: &[f32]) -> Result<Batch> {
         Ok(Batch {
             step_host: Pinned::new(&self.device, 4 * (1 + n_tokens))?,
-            step: self.device.zeros(1 + n_tokens)?,
+            position: self.device.zeros(1)?,
+            tokens: self.device.zeros(n_tokens)?,
             n_tokens: 0,
             inverse_frequencies: self.vector(inverse_frequencies.to_vec())?.0,
             choice_host: Pinned::new(&self.device, 8)?,
@@ -323,7 +476,10 @@ impl Backend for CudaBackend {
     }
 
     fn matrix_bytes(&self, matrix: &Matrix) -> u64 {
-        matrix.data.num_bytes() as u64
+        match &matrix.0 {
+            Storage::Dense(dense) => dense.data.num_bytes() as u64,
+            Storage::Encoded(encoded) => encoded.bytes(),
+        }
     }
 
     fn begin(&self, batch: &mut Batch, tokens: &[u32], first_position: usize) -> Result<()> {
@@ -353,49 +509,57 @@ impl Backend for CudaBackend {
     }
 
     fn embed(&self, batch: &Batch, table: &Matrix, out: &mut Buffer) -> Result<()> {
-        let n_words = 1 + batch.n_tokens as u32;
-        let step = address(&batch.step);
-        let params = ops::BeginStep { step_host: batch.step_host.address(), step, n_words };
+        let n_tokens = batch.n_tokens as u32;
+        let (position, tokens) = (address(&batch.position), address(&batch.tokens));
+        let params = ops::BeginStep { step_host: batch.step_host.address(), position, tokens, n_tokens };
         let grid = Grid { blocks: (1, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
-        // SAFETY: both have room for the position and the batch's tokens.
+        // SAFETY: both sides have room for the position and the batch's tokens.
         unsafe { self.device.launch(&self.kernels.begin_step, grid, &params)? };
 
+        let table = match &table.0 {
+            Storage::Dense(table) => table,
+            Storage::Encoded(table) => {
+                let n_tokens = batch.n_tokens;
+                return self.encoded.gather_rows(&self.device, table, &batch.tokens, n_tokens, &mut out.data);
+            }
+        };
         let params = ops::EmbedDense {
-            step,
+            tokens,
             table: address(&table.data),
             out: address_mut(&mut out.data),
             n_cols: table.n_cols as u32,
             stride: table.stride as u32,
         };
-        let grid = Grid { blocks: (batch.n_tokens as u32, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
+        let grid = Grid { blocks: (n_tokens, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
         // SAFETY: the model checked that the table has a row for each token; the output has one for each, too.
         unsafe { self.device.launch(&self.kernels.embed_dense, grid, &params) }
     }
 
     fn project(&self, batch: &Batch, x: Input<'_, Self>, products: &mut [Projection<'_, Self>]) -> Result<()> {
-        let products: Vec<_> = products.iter_mut().map(Product::new).collect();
-        self.products(Activations::new(&x, 0, batch.n_tokens), &products)
+        self.products(Activations::new(x, 0, batch.n_tokens), products)
     }
 
     fn project_gated(
         &self,
         batch: &Batch,
         x: Input<'_, Self>,
-        mut gate: Projection<'_, Self>,
-        mut up: Projection<'_, Self>,
+        gate: Projection<'_, Self>,
+        up: Projection<'_, Self>,
     ) -> Result<()> {
-        let x = Activations::new(&x, 0, batch.n_tokens);
-        let products = [Product::new(&mut gate), Product::new(&mut up)];
-        if batch.n_tokens == 1 {
-            return self.matvec(x, &products, true);
+        let x = Activations::new(x, 0, batch.n_tokens);
+        let mut products = [gate, up];
+        if let ([Storage::Dense(gate), Storage::Dense(up)], 1) = (products.each_ref().map(|p| &p.matrix.0), x.n_tokens)
+        {
+            let weights = [address(&gate.data), address(&up.data)];
+            let [gate, up] = &mut products;
+            return self.matvec(&self.kernels.matvec_gated, &x, &[rows(weights[0], gate), rows(weights[1], up)]);
         }
-        self.products(x, &products)?;
-        let n = (batch.n_tokens * gate.matrix.n_rows) as u64;
-        let params = ops::SiluMul { gate: products[0].out, up: products[1].out, n };
-        let blocks = n.div_ceil(ROW_THREADS.into()).min(8 * u64::from(self.device.n_multiprocessors()));
-        let grid = Grid { blocks: (blocks as u32, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
+        self.products(x, &mut products)?;
+        let [gate, up] = products;
+        let n = batch.n_tokens * gate.matrix.n_rows();
+        let params = ops::SiluMul { gate: address_mut(&mut gate.out.data), up: address(&up.out.data), n: n as u64 };
         // SAFETY: both buffers have n values.
-        unsafe { self.device.launch(&self.kernels.silu_mul, grid, &params) }
+        unsafe { self.device.launch(&self.kernels.silu_mul, self.elementwise(n), &params) }
     }
 
     fn attend(&self, batch: &Batch, heads: Attention<'_, Self>, cache: &mut Cache, out: &mut Buffer) -> Result<()> {
@@ -405,11 +569,11 @@ impl Backend for CudaBackend {
         let norm = |norm: Option<Norm<'_, Self>>| norm.map_or((NONE, 0.0), |n| (address(&n.weight.0), n.eps));
         let (query_norm, query_eps) = norm(heads.head_norms.map(|norms| norms.0));
         let (key_norm, key_eps) = norm(heads.head_norms.map(|norms| norms.1));
-        let step = address(&batch.step);
+        let first_position = address(&batch.position);
         let q = address_mut(&mut heads.q.data);
         let (keys, values) = (address_mut(&mut cache.keys), address_mut(&mut cache.values));
         let params = ops::Heads {
-            step,
+            first_position,
             q,
             k: address(&heads.k.data),
             v: address(&heads.v.data),
@@ -433,7 +597,7 @@ impl Backend for CudaBackend {
         unsafe { self.device.launch(&self.kernels.place_heads, grid, &params)? };
 
         let params = ops::Attend {
-            step,
+            first_position,
             q,
             keys,
             values,
@@ -467,8 +631,8 @@ impl Backend for CudaBackend {
             Logits::Last => batch.n_tokens - 1,
             Logits::All => 0,
         };
-        let product = Product { matrix: head, bias: NONE, out: address_mut(&mut out.data), adds: false };
-        self.products(Activations::new(&x, first, batch.n_tokens - first), &[product])
+        let product = Projection { matrix: head, bias: None, out, adds: false };
+        self.products(Activations::new(x, first, batch.n_tokens - first), &mut [product])
     }
 
     fn choose(&self, batch: &Batch, logits: &Buffer) -> Result<()> {

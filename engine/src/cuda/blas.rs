@@ -19,16 +19,18 @@ impl Blas {
         Ok(Some(Self(blas.map_err(|e| Error::device(format!("cuBLAS does not start: {e}")))?)))
     }
 
-    /// `out[t][row] = matrix[row] · x[t]`, added to what is there if it `adds`. Matrix `[n_rows, stride]` and x
-    /// `[n_tokens, stride]` are BF16, of which `n_cols` columns count; out `[n_tokens, n_rows]` and the sums are f32.
+    /// `out[t][row] = matrix[row] · x[t]`, added to what is there if it `adds`. Matrix `[n_rows, matrix_stride]` and x
+    /// `[n_tokens, x_stride]` are BF16, of which `n_cols` columns count; out `[n_tokens, n_rows]` and the sums are f32.
     ///
     /// # Safety
     /// The pointers have room for these shapes, in the memory of the device.
     pub unsafe fn product(
         &self,
         matrix: CUdeviceptr,
-        [n_rows, n_cols, stride]: [usize; 3],
+        matrix_stride: usize,
+        [n_rows, n_cols]: [usize; 2],
         x: CUdeviceptr,
+        x_stride: usize,
         n_tokens: usize,
         out: CUdeviceptr,
         adds: bool,
@@ -48,10 +50,10 @@ impl Blas {
                 (&raw const alpha).cast(),
                 matrix as *const _,
                 bf16,
-                stride as i32,
+                matrix_stride as i32,
                 x as *const _,
                 bf16,
-                stride as i32,
+                x_stride as i32,
                 (&raw const beta).cast(),
                 out as *mut _,
                 sys::cudaDataType::CUDA_R_32F,

@@ -6,6 +6,7 @@
 mod backend;
 mod blas;
 mod device;
+mod encoded;
 mod host;
 mod ops;
 

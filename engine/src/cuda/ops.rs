@@ -24,14 +24,15 @@ pub(super) const NONE: CUdeviceptr = 0;
 #[derive(Clone, Copy)]
 pub(super) struct BeginStep {
     pub step_host: CUdeviceptr,
-    pub step: CUdeviceptr,
-    pub n_words: u32,
+    pub position: CUdeviceptr,
+    pub tokens: CUdeviceptr,
+    pub n_tokens: u32,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct EmbedDense {
-    pub step: CUdeviceptr,
+    pub tokens: CUdeviceptr,
     pub table: CUdeviceptr,
     pub out: CUdeviceptr,
     pub n_cols: u32,
@@ -81,6 +82,14 @@ pub(super) struct AddBias {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
+pub(super) struct Add {
+    pub x: CUdeviceptr,
+    pub y: CUdeviceptr,
+    pub n: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
 pub(super) struct SiluMul {
     pub gate: CUdeviceptr,
     pub up: CUdeviceptr,
@@ -90,7 +99,7 @@ pub(super) struct SiluMul {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Heads {
-    pub step: CUdeviceptr,
+    pub first_position: CUdeviceptr,
     pub q: CUdeviceptr,
     pub k: CUdeviceptr,
     pub v: CUdeviceptr,
@@ -111,7 +120,7 @@ pub(super) struct Heads {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Attend {
-    pub step: CUdeviceptr,
+    pub first_position: CUdeviceptr,
     pub q: CUdeviceptr,
     pub keys: CUdeviceptr,
     pub values: CUdeviceptr,
@@ -144,6 +153,7 @@ pub(super) struct Kernels {
     pub matvec_dense: CudaFunction,
     pub matvec_gated: CudaFunction,
     pub add_bias: CudaFunction,
+    pub add: CudaFunction,
     pub silu_mul: CudaFunction,
     pub place_heads: CudaFunction,
     pub attend_64: CudaFunction,
@@ -164,6 +174,7 @@ impl Kernels {
             matvec_dense: matvec("matvec_dense")?,
             matvec_gated: matvec("matvec_gated")?,
             add_bias: kernel("add_bias")?,
+            add: kernel("add")?,
             silu_mul: kernel("silu_mul")?,
             place_heads: kernel("place_heads")?,
             attend_64: kernel("attend_64")?,
