@@ -223,17 +223,31 @@ struct Reader {
         const u32 power = __funnelshift_l(0, 1, entry.x);  // 2^nb, nb being the lowest five bits
         x = x * power + (entry.x & state_mask);
         scale *= power;
-        const bool refill = scale >= refill_at;
-        const u32 refilling = __ballot_sync(FULL, refill);
-        const u32 word = shared_u16(next + 2 * __popc(refilling & lanes_below));
-        if (refill) {
-            scale = __umulhi(scale, 1 << 16);
-            x += word * scale;
-        }
+        // One piece, so that the comparison stays a predicate from the vote to the refill.
+        u32 refilling;
+        asm volatile(
+            "{.reg .pred refill; .reg .u32 at, word; .reg .u16 half;"
+            "setp.ge.u32 refill, %1, %5;"
+            "vote.sync.ballot.b32 %2, refill, -1;"
+            "and.b32 at, %2, %4; popc.b32 at, at; mad.lo.u32 at, at, 2, %3;"
+            "ld.shared.u16 half, [at]; cvt.u32.u16 word, half;"
+            "@refill mul.hi.u32 %1, %1, 65536;"
+            "@refill mad.lo.u32 %0, word, %1, %0;}"
+            : "+r"(x), "+r"(scale), "=&r"(refilling)
+            : "r"(next), "r"(lanes_below), "r"(refill_at));
         next += 2 * __popc(refilling);
         return entry.y;
     }
 };
+
+// Brings a block's first bytes as near as the L2 cache.
+__device__ __forceinline__ void prefetch_block(const Matrix& m, u32 i, u32 j, u32 lane) {
+    const u32* offset = m.offsets + i * m.n_col_blocks + j;
+    const u8* stream = m.stream + (u64)offset[0] * 16 + lane * 64;
+    if (lane * 4 < offset[1] - offset[0]) asm volatile("prefetch.global.L2 [%0];" ::"l"(stream));
+    const u32 k = m.raw_bits, unit = i * m.n_units + j * (m.block_cols / 32);
+    if (lane < k) asm volatile("prefetch.global.L2 [%0];" ::"l"(m.raw + ((u64)unit * k + lane) * 32));
+}
 
 // Copies the table to the start of shared memory.
 __device__ __forceinline__ void load_table(const Matrix& m, uint2* table) {
@@ -255,7 +269,7 @@ __device__ __forceinline__ void decode_block(const Matrix& m, u32 table, u32 rin
 #pragma unroll
         for (int b = 0; b < C::K; b++) ahead[b] = __ldcs(raw_next + 32 * b);
         constexpr int STEPS = 32 / C::G;
-#pragma unroll 1
+#pragma unroll (C::G == 8 ? 2 : 1)
         for (u32 u = 0; u < units; u++) {
 #pragma unroll
             for (int b = 0; b < C::K; b++) raw[b] = ahead[b];

@@ -233,8 +233,11 @@ struct GatherSink {
     }
 };
 
-// Adds up the strips of a row block, once the last of them is there, always in the same order.
-template <int FORMAT>
+__device__ __forceinline__ void add(i64& sum, u64 partial) { sum += (i64)partial; }
+__device__ __forceinline__ void add(double& sum, u64 partial) { sum += __longlong_as_double((i64)partial); }
+
+// Adds up the strips of a row block, once the last of them is there, always in the same order. Takes TOKENS at a time.
+template <int FORMAT, int TOKENS>
 __device__ __forceinline__ void finish_rows(const Task& task, const Launch& launch, u32 i, u32 lane) {
     __threadfence();
     __syncwarp();
@@ -243,21 +246,28 @@ __device__ __forceinline__ void finish_rows(const Task& task, const Launch& laun
     if (__shfl_sync(FULL, before, 0) != task.n_strips - 1) return;
     if (lane == 0) task.arrived[i] = 0;
     __threadfence();
-    const u32 row = i * 32 + lane, n_rows = task.matrix.n_rows;
+    const u32 row = i * 32 + lane, n_rows = task.matrix.n_rows, n_tokens = launch.n_tokens;
     const float scale = row < n_rows ? scale_of<FORMAT>(task.matrix, row) : 0;
-    for (u32 t = 0; t < launch.n_tokens; t++) {
-        const u64* from = task.partials + ((u64)i * task.n_strips * launch.n_tokens + t) * 32 + lane;
-        float y;
-        if (FORMAT == INT8) {
-            i64 sum = 0;
-            for (u32 s = 0; s < task.n_strips; s++, from += launch.n_tokens * 32) sum += (i64)__ldcg(from);
-            y = (float)((double)sum * ((double)scale * launch.units[t]));
-        } else {
-            double sum = 0;
-            for (u32 s = 0; s < task.n_strips; s++, from += launch.n_tokens * 32) sum += __longlong_as_double((i64)__ldcg(from));
-            y = (float)sum * scale;
+    const float bias = task.bias && row < n_rows ? task.bias[row] : 0;
+    for (u32 first = 0; first < n_tokens; first += TOKENS) {
+        typename std::conditional<FORMAT == INT8, i64, double>::type sums[TOKENS] = {};
+        const u64* from = task.partials + ((u64)i * task.n_strips * n_tokens + first) * 32 + lane;
+#pragma unroll (8 / TOKENS)
+        for (u32 s = 0; s < task.n_strips; s++, from += n_tokens * 32) {
+#pragma unroll
+            for (int t = 0; t < TOKENS; t++) {
+                if (TOKENS == 1 || first + t < n_tokens) add(sums[t], __ldcg(from + t * 32));
+            }
         }
-        if (row < n_rows) ((float*)task.out)[(u64)t * n_rows + row] = task.bias ? y + task.bias[row] : y;
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            const u32 token = first + t;
+            if (row >= n_rows || token >= n_tokens) continue;
+            float y;
+            if (FORMAT == INT8) y = (float)((double)sums[t] * ((double)scale * launch.units[token]));
+            else y = (float)sums[t] * scale;
+            ((float*)task.out)[(u64)token * n_rows + row] = task.bias ? y + bias : y;
+        }
     }
 }
 
@@ -271,6 +281,7 @@ struct DotSink {
     u32 scratch, lane, i, first_col, n_cols;
     i32 high = 0, low = 0;
     float sums[4] = {};
+    const uint4* x_next;  // int8: of eight columns each, high, low, high, low
     uint4 xs[4];
 
     __device__ __forceinline__ DotSink(const Launch& launch, const Task& task, u32 scratch, u32 lane)
@@ -281,13 +292,14 @@ struct DotSink {
     }
     __device__ __forceinline__ void begin_block(u32 j) {
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
+        x_next = (const uint4*)x + first_col / 8;
         patches.begin(m, i * m.n_col_blocks + j);
     }
-    __device__ __forceinline__ void begin_unit(u32 u) {
+    __device__ __forceinline__ void begin_unit(u32) {
         if constexpr (FORMAT == INT8) {
-            const uint4* from = (const uint4*)x + (first_col + u * 32) / 8;  // of eight columns: high, low, high, low
 #pragma unroll
-            for (int c = 0; c < 4; c++) xs[c] = __ldg(from + c);
+            for (int c = 0; c < 4; c++) xs[c] = __ldg(x_next + c);
+            x_next += 4;
         }
     }
     __device__ __forceinline__ void quad(u32 u, int q, Quad quad) {
@@ -336,7 +348,7 @@ struct DotSink {
         u64* to = task.partials + (u64)(i * task.n_strips + strip) * 32 + lane;
         if (FORMAT == INT8) *to = (u64)(255 * (i64)high + low);
         else *to = (u64)__double_as_longlong((double)sums[0] + sums[1] + ((double)sums[2] + sums[3]));
-        finish_rows<FORMAT>(task, launch, i, lane);
+        finish_rows<FORMAT, 1>(task, launch, i, lane);
     }
 };
 
@@ -434,7 +446,7 @@ struct MmaSink {
                 }
             }
         }
-        finish_rows<FORMAT>(task, launch, i, lane);
+        finish_rows<FORMAT, 8>(task, launch, i, lane);
     }
 };
 
@@ -457,15 +469,16 @@ template <int FORMAT, class C, class Sink>
 __device__ __forceinline__ void go_over_strips(const Launch& launch) {
     const Task& task = find_task(launch);
     const Matrix& m = task.matrix;
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+    const u32 n_items = (m.n_rows + 31) / 32 * task.n_strips, first = warp * task.n_ctas + blockIdx.x - task.first_cta;
     start_next();
+    if (first < n_items) prefetch_block(m, first / task.n_strips, first % task.n_strips * task.strip, lane);
     load_table(m, (uint2*)shared_memory);
     __syncthreads();
     wait_for_previous();
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
     const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, Sink::TILE_BYTES);
     Sink sink(launch, task, ring + RING_BYTES, lane);
-    const u32 n_items = (m.n_rows + 31) / 32 * task.n_strips;
-    for (u32 item = warp * task.n_ctas + blockIdx.x - task.first_cta; item < n_items; item += n_warps * task.n_ctas) {
+    for (u32 item = first; item < n_items; item += n_warps * task.n_ctas) {
         const u32 i = item / task.n_strips, strip = item % task.n_strips;
         sink.begin_strip(i);
         const u32 end = min((strip + 1) * task.strip, m.n_col_blocks);
