@@ -199,17 +199,25 @@ struct Header {
     total_bytes: usize,
 }
 
-/// Where the sections lie.
+/// Where the sections lie, in bytes from the tensor's start (section 4; section 9 with zstd, whose frames are the stream).
 #[derive(Debug, Clone, Default)]
-struct Sections {
-    table: Range<usize>,
-    scales: Range<usize>,
-    offsets: Range<usize>,
-    patch_offsets: Range<usize>,
-    patches: Range<usize>,
-    raw: Range<usize>,
-    stream: Range<usize>,
-    total: usize,
+pub struct Sections {
+    /// The frequency table.
+    pub table: Range<usize>,
+    /// Scales.
+    pub scales: Range<usize>,
+    /// Offsets of streams, or of frames.
+    pub offsets: Range<usize>,
+    /// Offsets of patches.
+    pub patch_offsets: Range<usize>,
+    /// Patches.
+    pub patches: Range<usize>,
+    /// Raw bits.
+    pub raw: Range<usize>,
+    /// Streams.
+    pub stream: Range<usize>,
+    /// Length of the tensor.
+    pub total: usize,
 }
 
 impl Header {
@@ -597,6 +605,16 @@ impl EncodedTensor {
     /// The tensor's bytes.
     pub fn bytes(&self) -> &Bytes {
         &self.data
+    }
+
+    /// Where the sections lie.
+    pub fn sections(&self) -> &Sections {
+        &self.sections
+    }
+
+    /// The decoder's transition of every slot; none with zstd.
+    pub fn transitions(&self) -> Option<&[Transition]> {
+        self.tables.as_ref().map(|t| &t.transitions[..])
     }
 
     /// The layout of blocks; meaningful with coder `rans`.

@@ -53,6 +53,9 @@ pub enum Error {
         /// The tokens that were asked for, those already in the cache included.
         wanted: usize,
     },
+    /// A GPU, its driver or its memory is not what is needed, or failed.
+    #[error("CUDA: {0}")]
+    Device(String),
     /// The caller asked for something that cannot be done.
     #[error("{0}")]
     Parameter(String),
@@ -72,6 +75,11 @@ impl Error {
     /// Something valid that this version does not run.
     pub fn unsupported(what: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Unsupported { what: what.into(), problem: problem.into() }
+    }
+
+    /// A GPU that cannot be used: what was found, what is needed.
+    pub fn device(problem: impl Into<String>) -> Self {
+        Self::Device(problem.into())
     }
 
     /// A tensor that does not fit.

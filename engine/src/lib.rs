@@ -1,13 +1,14 @@
 //! The engine of CodecLLM: runs models of the Llama family, from plain and from compressed weights alike.
 //!
 //! [`config`] says what the model is, [`weights`] finds its tensors, [`llama`] is the forward pass, written once in the
-//! operations of [`backend`], which [`cpu`] implements. Around it stand the [`tokenizer`] and the [`chat`] template, the
+//! operations of [`backend`], which [`cpu`] and [`cuda`] implement. Around it stand the [`tokenizer`] and the [`chat`] template, the
 //! [`sampler`], [`generate`](mod@generate), which makes text of them, and [`evaluate`](mod@evaluate), which measures.
 
 pub mod backend;
 pub mod chat;
 pub mod config;
 pub mod cpu;
+pub mod cuda;
 pub mod error;
 pub mod evaluate;
 pub mod generate;

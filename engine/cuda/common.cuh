@@ -1,0 +1,45 @@
+// What all kernels share.
+#pragma once
+#include <cuda_bf16.h>
+#include <cstdint>
+
+// Waits until the kernels before this one are done and their writes are seen. Every kernel executes it before it
+// touches what another one writes: kernels start before their predecessors have ended (programmatic dependent launch).
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start as soon as there is room for it, to do what depends on no other kernel.
+__device__ __forceinline__ void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+    for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+    return x;
+}
+
+// The sum over a block of up to 32 warps, known to every thread. All threads call it; the order of additions is fixed.
+__device__ __forceinline__ float block_sum(float x) {
+    __shared__ float partial[32];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    x = warp_sum(x);
+    __syncthreads();
+    if (lane == 0) partial[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < (blockDim.x + 31) / 32 ? partial[lane] : 0.0f);
+}
+
+// The two values of a word of BF16, the lower one first.
+__device__ __forceinline__ float2 widen(uint32_t pair) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}

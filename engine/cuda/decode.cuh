@@ -1,0 +1,322 @@
+// The decoder of docs/format.md, sections 5 to 7: one warp decodes one block, lane = row, and hands each lane's codes to
+// a sink, four columns at a time.
+//
+// What bounds it on Hopper is the number of integer instructions a step, of which the ALU pipe takes one warp's in two
+// cycles. So shifts and sums that a multiply-add can do go to the other pipe, and an entry of the table holds the parts
+// where the codes want them. docs/kernel-notes.md has the measurements.
+//
+// In bounds on any payload: table look-ups by T bits, words from a ring in shared memory whose pointer wraps.
+#pragma once
+#include <cuda_bf16.h>
+#include <cstdint>
+#include <type_traits>
+
+using u8 = uint8_t;
+using u16 = uint16_t;
+using u32 = uint32_t;
+using i32 = int32_t;
+using u64 = unsigned long long;
+using i64 = long long;
+
+constexpr int BF16 = 0, FP8 = 1, INT8 = 2;  // the header's numbers
+constexpr int ANY = -1;                     // a parameter that the tensor's description holds, not the kernel's type
+constexpr u32 FULL = 0xffffffff;
+
+// A tensor in device memory. engine/src/cuda/encoded.rs has the same structure.
+struct Matrix {
+    const uint2* table;        // [2^T]: see Codec::assemble and step
+    const u8* stream;          // 16-byte aligned
+    const u32* offsets;        // [n_blocks + 1], in units of 16 bytes
+    const u32* raw;            // [row block][unit][k][32]
+    const u32* patch_offsets;  // [n_blocks + 1], or null
+    const u32* patches;
+    const void* scales;
+    u32 n_rows, n_cols, block_cols, n_col_blocks, n_units;
+    u32 table_bits, scale_kind, parts_per_symbol, raw_bits, part_bits;
+    i32 bias;
+    u32 filler;  // the code that a patched weight stands as
+};
+
+__device__ __forceinline__ u32 select(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
+__device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 selector) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+    return d;
+}
+// Shifts by constants, on the multiply-add pipe.
+__device__ __forceinline__ u32 shift_right(u32 v, int n) { return n == 0 ? v : __umulhi(v, 1u << (32 - n)); }
+__device__ __forceinline__ u32 shift(u32 v, int left) { return left >= 0 ? v * (1u << left) : shift_right(v, -left); }
+__device__ __forceinline__ u32 bytes(u32 b) { return b * 0x01010101u; }
+// The sign bit of every byte, spread over the byte.
+__device__ __forceinline__ u32 spread_signs(u32 v) { return prmt(v, 0, 0xba98); }
+
+__device__ __forceinline__ u32 shared_u16(u32 at) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ uint2 shared_uint2(u32 at) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ void copy_async(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Four columns of a lane's row. 8-bit formats: `a` has the four codes. bf16: `a` has codes 0 and 1, `b` 2 and 3.
+struct Quad {
+    u32 a, b;
+};
+
+// How codes come from entries and raw words. With G or K ANY, from the symbols by the book.
+template <int FORMAT, int G_, int K_>
+struct Codec {
+    static constexpr int G = G_, K = K_, N_RAW = K > 0 ? K : 1;
+    static constexpr bool FIXED = K != ANY;
+
+    // Field of width F: its word and its bit for quad `q`, its lowest bit in the raw number.
+    static __device__ constexpr int below(int width) {  // bits of the fields wider than `width`
+        int n = 0;
+        for (int f = 8; f > width; f >>= 1) n += K & f;
+        return n;
+    }
+
+    // A quad's raw bits `first` to `end` (of the raw number) at bit `to` of the bytes; other bits of `onto` stay.
+    static __device__ __forceinline__ u32 gather(const u32 (&raw)[N_RAW], int q, int first, int end, int to, u32 onto) {
+#pragma unroll
+        for (int f = 8; f >= 1; f >>= 1) {
+            if (!(K & f)) continue;
+            const int at = below(f), lo = at > first ? at : first, hi = at + f < end ? at + f : end;
+            if (lo >= hi) continue;
+            const int from = q * f % 8 + lo - at;
+            onto = select(bytes(((1u << (hi - lo)) - 1) << (to + lo - first)), shift(raw[at + q * f / 8], to + lo - first - from), onto);
+        }
+        return onto;
+    }
+
+    // The signs of a quad, at the top bits of its bytes; other bits are garbage.
+    static __device__ __forceinline__ u32 signs(const u32 (&raw)[N_RAW], int q) {
+        constexpr int f = K & -K;  // the last field
+        return shift(raw[below(f) + q * f / 8], 7 - (q * f % 8 + f - 1));
+    }
+
+    // Entries `y` of the unit's steps -> quad q. The parts of an entry stand where the code has them (bf16 with G = 4 and k >= 9: in
+    // the high byte; k = 8: rotated right by one from bit 8), G = 8: those of the second quad a bit lower.
+    static __device__ __forceinline__ Quad assemble(const u32* y, const u32 (&raw)[N_RAW], int q) {
+        u32 parts;
+        if constexpr (FORMAT != BF16) {
+            if constexpr (G == 8) parts = q & 1 ? y[q / 2] * 2 : y[q / 2];
+            if constexpr (G == 4) parts = y[q];
+            if constexpr (G == 2) parts = prmt(y[2 * q], y[2 * q + 1], 0x5410);
+            if constexpr (G == 1) parts = prmt(prmt(y[4 * q], y[4 * q + 1], 0x0040), prmt(y[4 * q + 2], y[4 * q + 3], 0x0040), 0x5410);
+            if constexpr (K == 0) return {parts, 0};
+            u32 t = gather(raw, q, 0, K - 1, 0, parts);
+            if constexpr (FORMAT == FP8) return {select(bytes(0x80), signs(raw, q), t), 0};
+            if constexpr (G == 8) t &= bytes((1u << K) - 1);
+            return {t ^ spread_signs(signs(raw, q)), 0};
+        } else if constexpr (G == 4) {
+            u32 low, high;
+            if constexpr (K == 8) {
+                high = select(bytes(0x80), raw[q], y[q]);
+                low = select(bytes(0x80), y[q], raw[q]);
+            } else {
+                low = raw[q];
+                high = select(bytes(0x80), signs(raw, q), gather(raw, q, 8, K - 1, 0, y[q]));
+            }
+            return {prmt(low, high, 0x5140), prmt(low, high, 0x7362)};
+        } else {
+            const u32 low = gather(raw, q, 0, K < 9 ? K - 1 : 8, 0, 0);
+            u32 high = signs(raw, q);
+            if constexpr (K > 9) high = gather(raw, q, 8, K - 1, 0, high);
+            const u32 mask = 0x00010001u * (0x8000 | ((1u << (K - 1)) - 1));
+            const u32 y0 = G == 2 ? y[2 * q] : prmt(y[4 * q], y[4 * q + 1], 0x5410);
+            const u32 y1 = G == 2 ? y[2 * q + 1] : prmt(y[4 * q + 2], y[4 * q + 3], 0x5410);
+            return {select(mask, prmt(low, high, 0x5140), y0), select(mask, prmt(low, high, 0x7362), y1)};
+        }
+    }
+};
+
+// Any valid parameters: `symbols` of the quad's parts (the entry's y), raw words read where they lie.
+template <int FORMAT>
+__device__ __noinline__ Quad assemble_any(const Matrix& m, u64 parts, const u32* unit_raw, u32 q) {
+    const u32 k = m.raw_bits, w = m.part_bits, low_bits = k ? k - 1 : 0;
+    u32 codes[4];
+    for (u32 i = 0; i < 4; i++) {
+        u32 r = 0, done = 0;
+        for (u32 f = 8; f; f >>= 1) {
+            if (!(k & f)) continue;
+            const u32 word = unit_raw[(done + q * f / 8) * 32];
+            r |= (word >> (8 * i + q * f % 8) & ((1u << f) - 1)) << done;
+            done += f;
+        }
+        const u32 part = (u32)(parts >> (w * i)) & ((1u << w) - 1);
+        const bool negative = k && (r >> low_bits & 1);
+        const u32 magnitude = (u32)m.bias + (part << low_bits) + (r & ((1u << low_bits) - 1));
+        if (FORMAT == INT8) codes[i] = (negative ? ~magnitude : magnitude) & 0xff;
+        if (FORMAT == FP8) codes[i] = (magnitude | (negative ? 0x80 : 0)) & 0xff;
+        if (FORMAT == BF16) codes[i] = (magnitude | (negative ? 0x8000 : 0)) & 0xffff;
+    }
+    if (FORMAT == BF16) return {codes[0] | codes[1] << 16, codes[2] | codes[3] << 16};
+    return {codes[0] | codes[1] << 8 | codes[2] << 16 | codes[3] << 24, 0};
+}
+
+// A warp's window on a block's stream: four chunks of 512 bytes, and the first again behind the last, so that reads that begin within the
+// ring need not wrap.
+constexpr u32 CHUNK = 512, RING = 2048, RING_BYTES = RING + CHUNK;
+
+struct Reader {
+    u32 x;      // state in the top T bits, then the bits that wait, then zeros
+    u32 scale;  // 2^(16 − T + bits consumed mod 16): what brings a word behind the bits that wait
+    u32 next;   // shared address of the next word; the same in all lanes
+    u32 limit;  // where the next chunk goes, before wrapping
+    u32 ring;
+    u32 fetched, bytes;
+    const u8* source;
+    u32 to_top, state_mask, refill_at, lanes_below;
+
+    // Asks for the next chunk.
+    __device__ __forceinline__ void fetch(u32 lane) {
+        if (fetched < bytes) {
+            const u32 to = (limit >= ring + RING ? limit - RING : limit) + lane * 16;
+            copy_async(to, source);
+            if (to < ring + CHUNK) copy_async(to + RING, source);
+        }
+        source += CHUNK, fetched += CHUNK, limit += CHUNK;
+    }
+
+    __device__ __forceinline__ void begin(const Matrix& m, u32 block, u32 ring_, u32 lane) {
+        const u32 first = m.offsets[block];
+        bytes = (m.offsets[block + 1] - first) * 16;
+        source = m.stream + (u64)first * 16 + lane * 16;
+        fetched = lane * 16;
+        ring = limit = ring_;
+        to_top = 32 - m.table_bits, state_mask = ~0u << to_top, refill_at = 1u << to_top;
+        lanes_below = (1u << lane) - 1;
+        for (int i = 0; i < 4; i++) fetch(lane), commit_copies();
+        wait_copies<3>();
+        __syncwarp();
+        x = shared_u16(ring + 2 * lane) << 16;
+        scale = 1 << 16;
+        next = ring + 64;
+    }
+
+    // To be called before every eighth step at the latest, for eight take no more than a chunk. At most two chunks are on their
+    // way afterwards, so that one is there.
+    __device__ __forceinline__ void refresh(u32 lane) {
+        __syncwarp();
+        if (next >= ring + RING) next -= RING, limit -= RING;
+        if (limit - next <= RING - CHUNK) fetch(lane);
+        commit_copies();
+        wait_copies<2>();
+        __syncwarp();
+    }
+
+    // One step: returns the entry's parts. The table lies at the start of shared memory, at address `table`.
+    __device__ __forceinline__ u32 step(u32 table) {
+        const uint2 entry = shared_uint2(table + (x >> to_top) * 8);
+        const u32 power = __funnelshift_l(0, 1, entry.x);  // 2^nb, nb being the lowest five bits
+        x = x * power + (entry.x & state_mask);
+        scale *= power;
+        // One piece, so that the comparison stays a predicate from the vote to the refill.
+        u32 refilling;
+        asm volatile(
+            "{.reg .pred refill; .reg .u32 at, word; .reg .u16 half;"
+            "setp.ge.u32 refill, %1, %5;"
+            "vote.sync.ballot.b32 %2, refill, -1;"
+            "and.b32 at, %2, %4; popc.b32 at, at; mad.lo.u32 at, at, 2, %3;"
+            "ld.shared.u16 half, [at]; cvt.u32.u16 word, half;"
+            "@refill mul.hi.u32 %1, %1, 65536;"
+            "@refill mad.lo.u32 %0, word, %1, %0;}"
+            : "+r"(x), "+r"(scale), "=&r"(refilling)
+            : "r"(next), "r"(lanes_below), "r"(refill_at));
+        next += 2 * __popc(refilling);
+        return entry.y;
+    }
+};
+
+// Brings a block's first bytes as near as the L2 cache.
+__device__ __forceinline__ void prefetch_block(const Matrix& m, u32 i, u32 j, u32 lane) {
+    const u32* offset = m.offsets + i * m.n_col_blocks + j;
+    const u8* stream = m.stream + (u64)offset[0] * 16 + lane * 64;
+    if (lane * 4 < offset[1] - offset[0]) asm volatile("prefetch.global.L2 [%0];" ::"l"(stream));
+    const u32 k = m.raw_bits, unit = i * m.n_units + j * (m.block_cols / 32);
+    if (lane < k) asm volatile("prefetch.global.L2 [%0];" ::"l"(m.raw + ((u64)unit * k + lane) * 32));
+}
+
+// Copies the table to the start of shared memory.
+__device__ __forceinline__ void load_table(const Matrix& m, uint2* table) {
+    for (u32 i = threadIdx.x; i < 1u << m.table_bits; i += blockDim.x) table[i] = m.table[i];
+}
+
+// Decodes block (i, j) and calls sink.quad(unit, q, quad) for all its quads (those of a last, partial unit included), and
+// sink.end_unit(unit) after each unit of 32 columns.
+template <int FORMAT, class C, class Sink>
+__device__ __forceinline__ void decode_block(const Matrix& m, u32 table, u32 ring, u32 lane, u32 i, u32 j, Sink& sink) {
+    Reader reader;
+    reader.begin(m, i * m.n_col_blocks + j, ring, lane);
+    const u32 first_unit = j * (m.block_cols / 32);
+    const u32 units = min(m.block_cols / 32, m.n_units - first_unit);
+    const u32 k = C::FIXED ? (u32)C::K : m.raw_bits;
+    const u32* raw_next = m.raw + (u64)(i * m.n_units + first_unit) * k * 32 + lane;
+    if constexpr (C::FIXED) {
+        u32 raw[C::N_RAW], ahead[C::N_RAW];
+#pragma unroll
+        for (int b = 0; b < C::K; b++) ahead[b] = __ldcs(raw_next + 32 * b);
+        constexpr int STEPS = 32 / C::G;
+#pragma unroll (C::G == 8 ? 2 : 1)
+        for (u32 u = 0; u < units; u++) {
+#pragma unroll
+            for (int b = 0; b < C::K; b++) raw[b] = ahead[b];
+            raw_next += 32 * C::K;
+            if (u + 1 < units) {
+#pragma unroll
+                for (int b = 0; b < C::K; b++) ahead[b] = __ldcs(raw_next + 32 * b);
+            }
+            if (STEPS >= 8 || u % 2 == 0) reader.refresh(lane);
+            u32 y[STEPS];
+            sink.begin_unit(u);
+#pragma unroll
+            for (int s = 0; s < STEPS; s++) {
+                if (s > 0 && s % 8 == 0) reader.refresh(lane);
+                y[s] = reader.step(table);
+                if (C::G == 8) {
+                    sink.quad(u, 2 * s, C::assemble(y, raw, 2 * s));
+                    sink.quad(u, 2 * s + 1, C::assemble(y, raw, 2 * s + 1));
+                } else if ((s + 1) * C::G % 4 == 0) {
+                    sink.quad(u, s * C::G / 4, C::assemble(y, raw, s * C::G / 4));
+                }
+            }
+            sink.end_unit(u);
+        }
+    } else {
+        const u32 g = m.parts_per_symbol, w = m.part_bits;
+        u64 parts = 0;
+        u32 have = 0, since_refresh = 8;
+#pragma unroll 1
+        for (u32 u = 0; u < units; u++) {
+            sink.begin_unit(u);
+            Quad quads[8];
+#pragma unroll
+            for (int q = 0; q < 8; q++) {
+                while (have < 4) {
+                    if (since_refresh == 8) reader.refresh(lane), since_refresh = 0;
+                    parts |= (u64)reader.step(table) << (w * have);
+                    have += g, since_refresh++;
+                }
+                quads[q] = assemble_any<FORMAT>(m, parts, raw_next, q);
+                parts >>= 4 * w, have -= 4;
+                sink.quad(u, q, quads[q]);
+            }
+            raw_next += 32 * k;
+            sink.end_unit(u);
+        }
+    }
+    wait_copies<0>();
+    __syncwarp();
+}

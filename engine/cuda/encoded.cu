@@ -1,0 +1,640 @@
+// Kernels on encoded tensors: decode to codes or to BF16, gather rows, and products with 1 to 16 tokens.
+//
+// Each is one decoder (decode.cuh) with another sink. A launch takes several tensors, each of which gets a share of the thread blocks, and
+// so loads its table once a thread block; the warps go over its blocks.
+#include "common.cuh"
+#include "decode.cuh"
+
+constexpr u32 MAX_TASKS = 8;
+
+// One tensor's part of a launch. engine/src/cuda/encoded.rs has the same structure, and the next.
+struct Task {
+    Matrix matrix;
+    void* out;          // codes u8 or u16, or bf16 [n_rows, n_cols]; products and gathered rows: f32 [n_tokens, n_rows or n_cols]
+    const float* bias;  // [n_rows], added to products; may be null
+    u64* partials;      // [row block][strip][token][32]: i64 (int8) or double
+    u32* arrived;       // [row block]: strips that are done; zero before and after a launch
+    u32 first_cta, n_ctas;
+    u32 strip;          // blocks of a row that a warp takes at once
+    u32 n_strips;
+};
+struct Launch {
+    Task tasks[MAX_TASKS];
+    u32 n_tasks, n_tokens;
+    const void* x;        // from prepare_*
+    const double* units;  // [token], int8: what one of a fixed-point activation is worth
+    const u32* tokens;    // gather: [n_tokens], the rows
+};
+
+template <int FORMAT>
+__device__ __forceinline__ float scale_of(const Matrix& m, u32 row) {
+    if (m.scale_kind == 0) return 1;
+    if (m.scale_kind == 1) return *(const float*)m.scales;
+    if (m.scale_kind == 2) return ((const float*)m.scales)[row];
+    const float absmax = __uint_as_float((u32)((const u16*)m.scales)[row] << 16);
+    const float scale = __fdiv_rn(absmax, FORMAT == INT8 ? 127.0f : 448.0f);
+    return scale < 1.17549435e-38f ? 0 : scale;
+}
+
+// The number that a code stands for, before the scale.
+template <int FORMAT>
+__device__ __forceinline__ float value_of(u32 code) {
+    if (FORMAT == INT8) return (float)(i32)(signed char)code;
+    if (FORMAT == BF16) return __uint_as_float(code << 16);
+    // The exponent's bias is 7, a float's 127. NaN is the only magnitude that the product would miss.
+    const float v = __uint_as_float((code & 0x7f) << 20) * 0x1p120f;
+    return (code & 0x7f) == 0x7f ? __int_as_float(0x7fffffff) : code & 0x80 ? -v : v;
+}
+
+template <int FORMAT>
+__device__ __forceinline__ u32 code_at(Quad quad, int i) {
+    if (FORMAT == BF16) return (i < 2 ? quad.a : quad.b) >> (16 * (i % 2)) & 0xffff;
+    return quad.a >> (8 * i) & 0xff;
+}
+
+// A quad's values as two pairs of bf16. fp8 fits exactly.
+template <int FORMAT>
+__device__ __forceinline__ Quad to_bf16(Quad quad, float scale) {
+    if (FORMAT == BF16) return quad;
+    u32 pair[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float v0 = value_of<FORMAT>(code_at<FORMAT>(quad, 2 * i)) * scale, v1 = value_of<FORMAT>(code_at<FORMAT>(quad, 2 * i + 1)) * scale;
+        const __nv_bfloat162 both = __floats2bfloat162_rn(v0, v1);
+        pair[i] = *(const u32*)&both;
+    }
+    return {pair[0], pair[1]};
+}
+
+// Zeros in place of the columns from `n` on: what lies there is not the matrix's, and might be no number.
+template <int ELEMENT>
+__device__ __forceinline__ Quad first_columns(Quad quad, i32 n) {
+    const u64 all = (u64)quad.b << 32 | quad.a;
+    const i32 bits = 8 * ELEMENT * max(n, 0);
+    const u64 kept = bits >= 32 * ELEMENT ? all : all & ((1ull << bits) - 1);
+    return {(u32)kept, (u32)(kept >> 32)};
+}
+
+// 32 rows × BYTES in shared memory, swizzled by 16 bytes so that neither a column of rows nor a row conflicts.
+template <int BYTES>
+struct Tile {
+    u32 base;
+    static __device__ __forceinline__ u32 offset(u32 row, u32 byte) {
+        const u32 turn = BYTES == 32 ? row >> 2 & 1 : BYTES == 64 ? row >> 1 & 3 : row & 7;
+        return row * BYTES + ((byte ^ turn * 16) & (BYTES - 1));
+    }
+    __device__ __forceinline__ void store(u32 row, u32 byte, u32 a, u32 b, u32 c, u32 d) const {
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(base + offset(row, byte)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+    }
+    __device__ __forceinline__ uint4 load(u32 row, u32 byte) const {
+        uint4 v;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(base + offset(row, byte)) : "memory");
+        return v;
+    }
+    // One 16 × 32-byte operand of mma from row `row` and byte `byte` on.
+    __device__ __forceinline__ void load_matrix(u32 (&v)[4], u32 lane, u32 row, u32 byte) const {
+        const u32 at = base + offset(row + (lane & 15), byte + (lane & 16));
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+    }
+    template <int ELEMENT>
+    __device__ __forceinline__ void put(u32 row, u32 byte, u32 value) const {
+        const u32 at = base + offset(row, byte);
+        if (ELEMENT == 1) asm volatile("st.shared.u8 [%0], %1;" ::"r"(at), "r"(value) : "memory");
+        if (ELEMENT == 2) asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"((u16)value) : "memory");
+    }
+};
+
+// A block's patches, in the order of columns.
+struct Patches {
+    const u32* list;
+    u32 next, end;
+
+    __device__ __forceinline__ void begin(const Matrix& m, u32 block) {
+        list = m.patches;
+        next = end = 0;
+        if (m.patch_offsets) next = m.patch_offsets[block], end = m.patch_offsets[block + 1];
+    }
+    // Calls f(row, column, code) for those below column `stop` that are not yet done, each in one lane.
+    template <class F>
+    __device__ __forceinline__ void until(u32 stop, u32 lane, F f) {
+        while (next < end) {
+            const u32 patch = next + lane < end ? list[next + lane] : ~0u;
+            const bool now = next + lane < end && patch >> 21 < stop;
+            if (now) f(patch >> 16 & 31, patch >> 21, patch & 0xffff);
+            const u32 done = __popc(__ballot_sync(FULL, now));
+            next += done;
+            if (done < 32) break;
+        }
+    }
+};
+
+// ---------------------------------------------------------------- sinks
+
+// Rows of codes, or of bf16 values, staged so that every store is of whole lines.
+template <int FORMAT, bool VALUES>
+struct DenseSink {
+    static constexpr int ELEMENT = VALUES || FORMAT == BF16 ? 2 : 1, UNIT = 32 * ELEMENT, TILE_BYTES = 4096;
+    const Matrix& m;
+    u8* out;
+    Tile<128> tile;
+    Patches patches;
+    u32 lane, i, first_col, n_cols;
+    float scale;
+    u32 held[8 * ELEMENT];
+
+    __device__ __forceinline__ DenseSink(const Launch&, const Task& task, u32 scratch, u32 lane)
+        : m(task.matrix), out((u8*)task.out), tile{scratch}, lane(lane) {}
+    __device__ __forceinline__ void begin_strip(u32 i_) { i = i_, scale = VALUES && i * 32 + lane < m.n_rows ? scale_of<FORMAT>(m, i * 32 + lane) : 0; }
+    __device__ __forceinline__ void begin_block(u32 j) {
+        first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
+        patches.begin(m, i * m.n_col_blocks + j);
+    }
+    __device__ __forceinline__ void begin_unit(u32) {}
+    __device__ __forceinline__ void quad(u32, int q, Quad quad) {
+        if (VALUES) quad = to_bf16<FORMAT>(quad, scale);
+        held[q * ELEMENT] = quad.a;
+        if constexpr (ELEMENT == 2) held[q * 2 + 1] = quad.b;
+    }
+    __device__ __forceinline__ void end_unit(u32 u) {
+        constexpr u32 PER_TILE = 128 / UNIT;
+        const u32 byte = u % PER_TILE * UNIT;
+#pragma unroll
+        for (int c = 0; c < 2 * ELEMENT; c++) tile.store(lane, byte + 16 * c, held[4 * c], held[4 * c + 1], held[4 * c + 2], held[4 * c + 3]);
+        const bool last = (u + 1) * 32 >= n_cols;
+        if (!last && (u + 1) % PER_TILE) return;
+        __syncwarp();
+        const u32 tile_col = u / PER_TILE * PER_TILE * 32;
+        patches.until((u + 1) * 32, lane, [&](u32 row, u32 col, u32 code) {
+            u32 element = code;
+            if (VALUES && FORMAT != BF16) {
+                const __nv_bfloat16 v = __float2bfloat16_rn(value_of<FORMAT>(code) * scale_of<FORMAT>(m, i * 32 + row));
+                element = *(const u16*)&v;
+            }
+            tile.put<ELEMENT>(row, (col - tile_col) * ELEMENT, element);
+        });
+        __syncwarp();
+        const u32 used = min(128u, (n_cols - tile_col) * ELEMENT), rows = min(32u, m.n_rows - i * 32);
+        u8* to = out + ((u64)i * 32 * m.n_cols + first_col + tile_col) * ELEMENT;
+        const u64 stride = (u64)m.n_cols * ELEMENT;
+        if (stride % 16 == 0) {
+#pragma unroll
+            for (u32 r = 0; r < 32; r += 4) {
+                const u32 row = r + lane / 8, byte16 = lane % 8 * 16;
+                if (row < rows && byte16 < used) __stcs((uint4*)(to + row * stride + byte16), tile.load(row, byte16));
+            }
+        } else {
+            for (u32 e = lane; e < rows * 32; e += 32) {  // four bytes of a row each, element by element
+                const u32 row = e / 32, at = e % 32 * 4;
+                u32 word;
+                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(tile.base + tile.offset(row, at)) : "memory");
+                for (u32 b = 0; b < 4 && at + b < used; b += ELEMENT) {
+                    if (ELEMENT == 1) to[row * stride + at + b] = word >> (8 * b);
+                    if (ELEMENT == 2) *(u16*)(to + row * stride + at + b) = word >> (8 * b);
+                }
+            }
+        }
+        __syncwarp();
+    }
+    __device__ __forceinline__ void end_block() {}
+    __device__ __forceinline__ void end_strip(const Task&, const Launch&, u32) {}
+};
+
+// One row of the row block, as f32, to a token's place.
+template <int FORMAT>
+struct GatherSink {
+    static constexpr int TILE_BYTES = 0;
+    const Matrix& m;
+    float* out;  // [n_cols]
+    Patches patches;
+    u32 lane, i, row, first_col;
+    float scale;
+
+    __device__ __forceinline__ void begin_block(u32 j) {
+        first_col = j * m.block_cols;
+        patches.begin(m, i * m.n_col_blocks + j);
+    }
+    __device__ __forceinline__ void begin_unit(u32) {}
+    __device__ __forceinline__ void quad(u32 u, int q, Quad quad) {
+        if (lane != row) return;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const u32 col = first_col + u * 32 + q * 4 + c;
+            if (col < m.n_cols) out[col] = value_of<FORMAT>(code_at<FORMAT>(quad, c)) * scale;
+        }
+    }
+    __device__ __forceinline__ void end_unit(u32) {}
+    __device__ __forceinline__ void end_block() {
+        __syncwarp();
+        patches.until(~0u, lane, [&](u32 r, u32 col, u32 code) {
+            if (r == row) out[first_col + col] = value_of<FORMAT>(code) * scale;
+        });
+    }
+};
+
+__device__ __forceinline__ void add(i64& sum, u64 partial) { sum += (i64)partial; }
+__device__ __forceinline__ void add(double& sum, u64 partial) { sum += __longlong_as_double((i64)partial); }
+
+// Adds up the strips of a row block, once the last of them is there, always in the same order. Takes TOKENS at a time.
+template <int FORMAT, int TOKENS>
+__device__ __forceinline__ void finish_rows(const Task& task, const Launch& launch, u32 i, u32 lane) {
+    __threadfence();
+    __syncwarp();
+    u32 before = 0;
+    if (lane == 0) before = atomicAdd(task.arrived + i, 1);
+    if (__shfl_sync(FULL, before, 0) != task.n_strips - 1) return;
+    if (lane == 0) task.arrived[i] = 0;
+    __threadfence();
+    const u32 row = i * 32 + lane, n_rows = task.matrix.n_rows, n_tokens = launch.n_tokens;
+    const float scale = row < n_rows ? scale_of<FORMAT>(task.matrix, row) : 0;
+    const float bias = task.bias && row < n_rows ? task.bias[row] : 0;
+    for (u32 first = 0; first < n_tokens; first += TOKENS) {
+        typename std::conditional<FORMAT == INT8, i64, double>::type sums[TOKENS] = {};
+        const u64* from = task.partials + ((u64)i * task.n_strips * n_tokens + first) * 32 + lane;
+#pragma unroll (8 / TOKENS)
+        for (u32 s = 0; s < task.n_strips; s++, from += n_tokens * 32) {
+#pragma unroll
+            for (int t = 0; t < TOKENS; t++) {
+                if (TOKENS == 1 || first + t < n_tokens) add(sums[t], __ldcg(from + t * 32));
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            const u32 token = first + t;
+            if (row >= n_rows || token >= n_tokens) continue;
+            float y;
+            if (FORMAT == INT8) y = (float)((double)sums[t] * ((double)scale * launch.units[token]));
+            else y = (float)sums[t] * scale;
+            ((float*)task.out)[(u64)token * n_rows + row] = task.bias ? y + bias : y;
+        }
+    }
+}
+
+// One token. int8: exact, x in two signed bytes (base 255). Others: float32, four sums a row, one for each column modulo 4.
+template <int FORMAT>
+struct DotSink {
+    static constexpr int TILE_BYTES = FORMAT == INT8 ? 256 : 0;
+    const Matrix& m;
+    const void* x;
+    Patches patches;
+    u32 scratch, lane, i, first_col, n_cols;
+    i32 high = 0, low = 0;
+    float sums[4] = {};
+    const uint4* x_next;  // int8: of eight columns each, high, low, high, low
+    uint4 xs[4];
+
+    __device__ __forceinline__ DotSink(const Launch& launch, const Task& task, u32 scratch, u32 lane)
+        : m(task.matrix), x(launch.x), scratch(scratch), lane(lane) {}
+    __device__ __forceinline__ void begin_strip(u32 i_) {
+        i = i_, high = low = 0;
+        for (int c = 0; c < 4; c++) sums[c] = 0;
+    }
+    __device__ __forceinline__ void begin_block(u32 j) {
+        first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
+        x_next = (const uint4*)x + first_col / 8;
+        patches.begin(m, i * m.n_col_blocks + j);
+    }
+    __device__ __forceinline__ void begin_unit(u32) {
+        if constexpr (FORMAT == INT8) {
+#pragma unroll
+            for (int c = 0; c < 4; c++) xs[c] = __ldg(x_next + c);
+            x_next += 4;
+        }
+    }
+    __device__ __forceinline__ void quad(u32 u, int q, Quad quad) {
+        if constexpr (FORMAT == INT8) {
+            const uint4 v = xs[q / 2];
+            high = __dp4a((i32)quad.a, (i32)(q & 1 ? v.z : v.x), high);
+            low = __dp4a((i32)quad.a, (i32)(q & 1 ? v.w : v.y), low);
+        } else {
+            const float4 v = __ldg((const float4*)x + (first_col + u * 32) / 4 + q);
+            if ((u + 1) * 32 > n_cols) quad = first_columns<FORMAT == BF16 ? 2 : 1>(quad, (i32)n_cols - (i32)(u * 32 + q * 4));
+            sums[0] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 0)), v.x, sums[0]);
+            sums[1] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 1)), v.y, sums[1]);
+            sums[2] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 2)), v.z, sums[2]);
+            sums[3] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 3)), v.w, sums[3]);
+        }
+    }
+    __device__ __forceinline__ void end_unit(u32) {}
+    __device__ __forceinline__ void end_block() {
+        if (patches.next == patches.end) return;
+        if constexpr (FORMAT == INT8) {
+            // The sums are exact, so that the order does not matter.
+            const u32 at = scratch + 8 * lane;
+            asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(high), "r"(low) : "memory");
+            __syncwarp();
+            patches.until(~0u, lane, [&](u32 row, u32 col, u32 code) {
+                const i32 change = (i32)(signed char)code - (i32)(signed char)m.filler;
+                const u32 c = first_col + col;
+                const signed char* v = (const signed char*)x + c / 4 * 8 + c % 4;
+                asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(scratch + 8 * row), "r"(change * v[0]) : "memory");
+                asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(scratch + 8 * row + 4), "r"(change * v[4]) : "memory");
+            });
+            __syncwarp();
+            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(high), "=r"(low) : "r"(at) : "memory");
+            __syncwarp();
+        } else {
+            for (; patches.next < patches.end; patches.next++) {
+                const u32 patch = __ldg(patches.list + patches.next);
+                if ((patch >> 16 & 31) != lane) continue;
+                const float v = ((const float*)x)[first_col + (patch >> 21)];
+                sums[0] = fmaf(value_of<FORMAT>(patch & 0xffff), v, sums[0]);
+                sums[0] = fmaf(-value_of<FORMAT>(m.filler), v, sums[0]);
+            }
+        }
+    }
+    __device__ __forceinline__ void end_strip(const Task& task, const Launch& launch, u32 strip) {
+        u64* to = task.partials + (u64)(i * task.n_strips + strip) * 32 + lane;
+        if (FORMAT == INT8) *to = (u64)(255 * (i64)high + low);
+        else *to = (u64)__double_as_longlong((double)sums[0] + sums[1] + ((double)sums[2] + sums[3]));
+        finish_rows<FORMAT, 1>(task, launch, i, lane);
+    }
+};
+
+// 2 to 16 tokens: TILES × 8 of them, on the tensor cores. int8: exact. Others: bf16 operands, x as the sum of two, sums in float32.
+template <int FORMAT, int TILES>
+struct MmaSink {
+    static constexpr int ELEMENT = FORMAT == INT8 ? 1 : 2, TILE_BYTES = 1024 * ELEMENT;
+    using Sum = typename std::conditional<FORMAT == INT8, i32, float>::type;
+    const Matrix& m;
+    const uint4* x;
+    Tile<32 * ELEMENT> tile;
+    Patches patches;
+    u32 lane, i, first_col, n_cols;
+    u32 held[8 * ELEMENT];
+    // [half of the rows][tokens][high, low: int8 only]
+    Sum sums[2][TILES][FORMAT == INT8 ? 2 : 1][4];
+
+    __device__ __forceinline__ MmaSink(const Launch& launch, const Task& task, u32 scratch, u32 lane)
+        : m(task.matrix), x((const uint4*)launch.x), tile{scratch}, lane(lane) {}
+    __device__ __forceinline__ void begin_strip(u32 i_) {
+        i = i_;
+        Sum* all = &sums[0][0][0][0];
+#pragma unroll
+        for (int s = 0; s < (int)(sizeof sums / sizeof(Sum)); s++) all[s] = 0;
+    }
+    __device__ __forceinline__ void begin_block(u32 j) {
+        first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
+        patches.begin(m, i * m.n_col_blocks + j);
+    }
+    __device__ __forceinline__ void begin_unit(u32) {}
+    __device__ __forceinline__ void quad(u32 u, int q, Quad quad) {
+        if (FORMAT == FP8) quad = to_bf16<FP8>(quad, 1);
+        if (FORMAT != INT8 && (u + 1) * 32 > n_cols) quad = first_columns<2>(quad, (i32)n_cols - (i32)(u * 32 + q * 4));
+        held[q * ELEMENT] = quad.a;
+        if constexpr (ELEMENT == 2) held[q * 2 + 1] = quad.b;
+    }
+    __device__ __forceinline__ void end_unit(u32 u) {
+#pragma unroll
+        for (int c = 0; c < 2 * ELEMENT; c++) tile.store(lane, 16 * c, held[4 * c], held[4 * c + 1], held[4 * c + 2], held[4 * c + 3]);
+        __syncwarp();
+        if (patches.next < patches.end) {
+            patches.until((u + 1) * 32, lane, [&](u32 row, u32 col, u32 code) {
+                u32 element = code;
+                if (FORMAT == FP8) {
+                    const __nv_bfloat16 v = __float2bfloat16_rn(value_of<FP8>(code));
+                    element = *(const u16*)&v;
+                }
+                tile.template put<ELEMENT>(row, (col - u * 32) * ELEMENT, element);
+            });
+            __syncwarp();
+        }
+        const u32 unit = first_col / 32 + u;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int k = 0; k < ELEMENT; k++) {
+                u32 a[4];
+                tile.load_matrix(a, lane, 16 * half, 32 * k);
+#pragma unroll
+                for (int t = 0; t < TILES; t++) {
+                    const uint4 b = __ldg(x + ((unit * TILES + t) * ELEMENT + k) * 32 + lane);
+                    if constexpr (FORMAT == INT8) {
+                        mma(sums[half][t][0], a, b.x, b.y);
+                        mma(sums[half][t][1], a, b.z, b.w);
+                    } else {
+                        mma(sums[half][t][0], a, b.x, b.y);
+                        mma(sums[half][t][0], a, b.z, b.w);
+                    }
+                }
+            }
+        }
+        __syncwarp();
+    }
+    static __device__ __forceinline__ void mma(i32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+    static __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+    __device__ __forceinline__ void end_block() {}
+    __device__ __forceinline__ void end_strip(const Task& task, const Launch& launch, u32 strip) {
+        u64* to = task.partials + (u64)(i * task.n_strips + strip) * launch.n_tokens * 32;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+#pragma unroll
+                for (int s = 0; s < 4; s++) {
+                    const u32 row = 16 * half + 8 * (s / 2) + lane / 4, token = 8 * t + lane % 4 * 2 + s % 2;
+                    if (token >= launch.n_tokens) continue;
+                    if constexpr (FORMAT == INT8) to[token * 32 + row] = (u64)(255 * (i64)sums[half][t][0][s] + sums[half][t][1][s]);
+                    else to[token * 32 + row] = (u64)__double_as_longlong(sums[half][t][0][s]);
+                }
+            }
+        }
+        finish_rows<FORMAT, 8>(task, launch, i, lane);
+    }
+};
+
+// ---------------------------------------------------------------- kernels
+
+extern __shared__ __align__(1024) u8 shared_memory[];
+
+__device__ __forceinline__ const Task& find_task(const Launch& launch) {
+    u32 t = 0;
+    while (t + 1 < launch.n_tasks && blockIdx.x >= launch.tasks[t + 1].first_cta) t++;
+    return launch.tasks[t];
+}
+
+// This warp's scratch memory: the ring, then the sink's tile.
+__device__ __forceinline__ u32 warp_memory(const Matrix& m, u32 tile_bytes) {
+    return (u32)__cvta_generic_to_shared(shared_memory) + (8 << m.table_bits) + threadIdx.x / 32 * (RING_BYTES + tile_bytes);
+}
+
+template <int FORMAT, class C, class Sink>
+__device__ __forceinline__ void go_over_strips(const Launch& launch) {
+    const Task& task = find_task(launch);
+    const Matrix& m = task.matrix;
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+    const u32 n_items = (m.n_rows + 31) / 32 * task.n_strips, first = warp * task.n_ctas + blockIdx.x - task.first_cta;
+    start_next();
+    if (first < n_items) prefetch_block(m, first / task.n_strips, first % task.n_strips * task.strip, lane);
+    load_table(m, (uint2*)shared_memory);
+    __syncthreads();
+    wait_for_previous();
+    const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, Sink::TILE_BYTES);
+    Sink sink(launch, task, ring + RING_BYTES, lane);
+    for (u32 item = first; item < n_items; item += n_warps * task.n_ctas) {
+        const u32 i = item / task.n_strips, strip = item % task.n_strips;
+        sink.begin_strip(i);
+        const u32 end = min((strip + 1) * task.strip, m.n_col_blocks);
+        for (u32 j = strip * task.strip; j < end; j++) {
+            sink.begin_block(j);
+            decode_block<FORMAT, C>(m, table, ring, lane, i, j, sink);
+            sink.end_block();
+        }
+        sink.end_strip(task, launch, strip);
+    }
+}
+
+// One warp a token and column block; grid (column blocks, tokens).
+template <int FORMAT, class C>
+__device__ __forceinline__ void gather(const Launch& launch) {
+    const Task& task = launch.tasks[0];
+    const Matrix& m = task.matrix;
+    start_next();
+    load_table(m, (uint2*)shared_memory);
+    __syncwarp();
+    wait_for_previous();
+    const u32 lane = threadIdx.x % 32, token = launch.tokens[blockIdx.y];
+    if (token >= m.n_rows) return;
+    const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, 0);
+    float* out = (float*)task.out + (u64)blockIdx.y * m.n_cols;
+    GatherSink<FORMAT> sink{m, out, {}, lane, token / 32, token % 32, 0, scale_of<FORMAT>(m, token)};
+    sink.begin_block(blockIdx.x);
+    decode_block<FORMAT, C>(m, table, ring, lane, token / 32, blockIdx.x, sink);
+    sink.end_block();
+}
+
+// Names end in the parameters: parts a symbol and raw bits, or `any`.
+#define KERNELS(FORMAT, name, G, K, suffix)                                                                             \
+    extern "C" __global__ void __launch_bounds__(1024, 1) decode_codes_##name##suffix(const __grid_constant__ Launch l) { \
+        go_over_strips<FORMAT, Codec<FORMAT, G, K>, DenseSink<FORMAT, false>>(l);                                       \
+    }                                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(1024, 1) decode_values_##name##suffix(const __grid_constant__ Launch l) { \
+        go_over_strips<FORMAT, Codec<FORMAT, G, K>, DenseSink<FORMAT, true>>(l);                                        \
+    }                                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(32) gather_rows_##name##suffix(const __grid_constant__ Launch l) {     \
+        gather<FORMAT, Codec<FORMAT, G, K>>(l);                                                                         \
+    }                                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(1024, 1) product_1_##name##suffix(const __grid_constant__ Launch l) {  \
+        go_over_strips<FORMAT, Codec<FORMAT, G, K>, DotSink<FORMAT>>(l);                                                \
+    }                                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(512, 1) product_8_##name##suffix(const __grid_constant__ Launch l) {   \
+        go_over_strips<FORMAT, Codec<FORMAT, G, K>, MmaSink<FORMAT, 1>>(l);                                             \
+    }                                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(512, 1) product_16_##name##suffix(const __grid_constant__ Launch l) {  \
+        go_over_strips<FORMAT, Codec<FORMAT, G, K>, MmaSink<FORMAT, 2>>(l);                                             \
+    }
+
+// What the encoder chooses, and a kernel for everything else. engine/src/cuda/encoded.rs has the same list.
+KERNELS(INT8, int8, 4, 2, _g4_k2)
+KERNELS(INT8, int8, 4, 3, _g4_k3)
+KERNELS(INT8, int8, 4, 4, _g4_k4)
+KERNELS(INT8, int8, 4, 5, _g4_k5)
+KERNELS(INT8, int8, 4, 6, _g4_k6)
+KERNELS(INT8, int8, 8, 3, _g8_k3)
+KERNELS(INT8, int8, 8, 4, _g8_k4)
+KERNELS(INT8, int8, 8, 7, _g8_k7)
+KERNELS(INT8, int8, ANY, ANY, _any)
+KERNELS(FP8, fp8, 4, 6, _g4_k6)
+KERNELS(FP8, fp8, 2, 3, _g2_k3)
+KERNELS(FP8, fp8, ANY, ANY, _any)
+KERNELS(BF16, bf16, 4, 9, _g4_k9)
+KERNELS(BF16, bf16, 2, 7, _g2_k7)
+KERNELS(BF16, bf16, ANY, ANY, _any)
+
+// ---------------------------------------------------------------- activations
+
+// x [n_tokens, n_cols] -> an operand of products. One thread block a token of the operand; those from n_tokens on are zero, as
+// are the columns up to a multiple of 32.
+struct Prepare {
+    const float* x;
+    void* out;
+    double* units;
+    u32 n_tokens, n_cols;
+};
+
+// Each number of a token as 16-bit fixed point, 255 · high + low, as codec/src/product.rs defines it: calls put(column, high, low).
+template <class Put>
+__device__ __forceinline__ void to_fixed(const Prepare& p, u32 token, Put put) {
+    __shared__ float warp_max[32];
+    __shared__ u32 all_finite;
+    const u32 n_units = (p.n_cols + 31) / 32;
+    const float* x = p.x + (u64)token * p.n_cols;
+    const bool there = token < p.n_tokens;
+    if (threadIdx.x == 0) all_finite = 1;
+    __syncthreads();
+    float most = 0;
+    bool finite = true;
+    for (u32 c = threadIdx.x; there && c < p.n_cols; c += blockDim.x) {
+        const float v = fabsf(x[c]);
+        most = fmaxf(most, v);
+        finite = finite && v < __int_as_float(0x7f800000);
+    }
+    for (int s = 16; s > 0; s >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, s));
+    if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = most;
+    if (!finite) all_finite = 0;
+    __syncthreads();
+    most = 0;
+    for (u32 w = 0; w < blockDim.x / 32; w++) most = fmaxf(most, warp_max[w]);
+    const float ratio = most > 0 ? __fdiv_rn(32512.0f, most) : 0;
+    const bool usable = all_finite && ratio > 0 && ratio < __int_as_float(0x7f800000);
+    if (threadIdx.x == 0 && there) {
+        p.units[token] = !all_finite ? __longlong_as_double(0x7ff8000000000000) : usable ? 1.0 / (double)ratio : 0.0;
+    }
+    for (u32 c = threadIdx.x; c < n_units * 32; c += blockDim.x) {
+        const float v = there && usable && c < p.n_cols ? x[c] : 0;
+        const i32 fixed = (i32)rintf(__fmul_rn(v, usable ? ratio : 0));
+        const i32 high = (i32)rintf(__fmul_rn((float)fixed, 1.0f / 255.0f));
+        put(c, high, fixed - 255 * high);
+    }
+}
+
+// [columns / 4][high 4, low 4]
+extern "C" __global__ void prepare_int8_1(const __grid_constant__ Prepare p) {
+    start_next();
+    wait_for_previous();
+    to_fixed(p, blockIdx.x, [&](u32 c, i32 high, i32 low) {
+        ((signed char*)p.out)[c / 4 * 8 + c % 4] = high;
+        ((signed char*)p.out)[c / 4 * 8 + 4 + c % 4] = low;
+    });
+}
+
+// The operand of mma, 16 bytes a lane: [unit][8 tokens][lane][high 0-15, high 16-31, low 0-15, low 16-31][4]
+extern "C" __global__ void prepare_int8_mma(const __grid_constant__ Prepare p) {
+    start_next();
+    wait_for_previous();
+    const u32 token = blockIdx.x, tiles = gridDim.x / 8;
+    to_fixed(p, token, [&](u32 c, i32 high, i32 low) {
+        const u32 in_unit = c % 32, lane = token % 8 * 4 + in_unit % 16 / 4;
+        signed char* to = (signed char*)p.out + ((u64)(c / 32 * tiles + token / 8) * 32 + lane) * 16 + in_unit / 16 * 4 + in_unit % 4;
+        to[0] = high, to[8] = low;
+    });
+}
+
+extern "C" __global__ void prepare_float_1(const __grid_constant__ Prepare p) {
+    start_next();
+    wait_for_previous();
+    for (u32 c = threadIdx.x; c < (p.n_cols + 31) / 32 * 32; c += blockDim.x) {
+        ((float*)p.out)[(u64)blockIdx.x * ((p.n_cols + 31) / 32 * 32) + c] = c < p.n_cols ? p.x[(u64)blockIdx.x * p.n_cols + c] : 0;
+    }
+}
+
+// The same for bf16, of 16 columns: [unit][8 tokens][half][lane][high 0-7, high 8-15, low 0-7, low 8-15][2], x = high + low but for 2^-17 of it.
+extern "C" __global__ void prepare_float_mma(const __grid_constant__ Prepare p) {
+    start_next();
+    wait_for_previous();
+    const u32 token = blockIdx.x, tiles = gridDim.x / 8;
+    for (u32 c = threadIdx.x; c < (p.n_cols + 31) / 32 * 32; c += blockDim.x) {
+        const float v = token < p.n_tokens && c < p.n_cols ? p.x[(u64)token * p.n_cols + c] : 0;
+        const __nv_bfloat16 high = __float2bfloat16_rn(v), low = __float2bfloat16_rn(v - __bfloat162float(high));
+        const u32 in_half = c % 16, lane = token % 8 * 4 + in_half % 8 / 2;
+        __nv_bfloat16* to = (__nv_bfloat16*)p.out + (((u64)(c / 32 * tiles + token / 8) * 2 + c % 32 / 16) * 32 + lane) * 8 + in_half / 8 * 2 + in_half % 2;
+        to[0] = high, to[4] = low;
+    }
+}

@@ -1,0 +1,223 @@
+//! A GPU: found, checked, with a stream of its own and the kernels loaded.
+
+use crate::error::{Error, Result};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DeviceRepr, DriverError, ValidAsZeroBits, result, sys,
+};
+use cudarc::nvrtc::Ptx;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+/// The oldest driver that knows everything the kernels are compiled with, as `cuDriverGetVersion` counts: CUDA 13.0.
+const MIN_DRIVER: i32 = 13_000;
+/// The oldest compute capability that the kernels are compiled for.
+const MIN_CAPABILITY: (i32, i32) = (8, 0);
+
+/// A GPU that models run on. All work goes through one stream, in order.
+pub struct Device {
+    index: usize,
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    n_multiprocessors: u32,
+    shared_bytes: u32,
+    capability: (i32, i32),
+}
+
+/// Blocks, threads and shared memory of a launch.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Grid {
+    pub blocks: (u32, u32, u32),
+    pub threads: u32,
+    pub shared_bytes: u32,
+}
+
+impl Device {
+    /// Opens GPU number `index`.
+    ///
+    /// # Errors
+    /// No driver, a driver that is too old, no such GPU, a GPU that is too old: what was found and what is needed.
+    pub fn open(index: usize) -> Result<Self> {
+        // SAFETY: loads the driver's library, as its first use would.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::device(
+                "no NVIDIA driver was found (libcuda.so.1); install one of version 580 or later, or use --device cpu",
+            ));
+        }
+        result::init().map_err(|e| {
+            Error::device(format!(
+                "the driver finds no usable GPU ({}); see `nvidia-smi`, or use --device cpu",
+                text(e)
+            ))
+        })?;
+        let mut driver = 0;
+        // SAFETY: the pointer is to a local integer.
+        unsafe { sys::cuDriverGetVersion(&mut driver) }.result().map_err(failed("asking for the driver's version"))?;
+        if driver < MIN_DRIVER {
+            return Err(Error::device(format!(
+                "the driver supports CUDA {}.{}; 13.0 is needed: update it to version 580 or later, or use --device cpu",
+                driver / 1000,
+                driver % 1000 / 10
+            )));
+        }
+        let count = CudaContext::device_count().map_err(failed("counting GPUs"))?;
+        if index >= count as usize {
+            return Err(Error::device(format!(
+                "there is no GPU {index}; this machine has {count}, counted from 0 (--device cuda:N)"
+            )));
+        }
+        let context = CudaContext::new(index).map_err(failed("opening the GPU"))?;
+        let capability = context.compute_capability().map_err(failed("asking for the compute capability"))?;
+        if capability < MIN_CAPABILITY {
+            return Err(Error::device(format!(
+                "GPU {index}, {}, has compute capability {}.{}; 8.0 (Ampere) or later is needed",
+                context.name().unwrap_or_default(),
+                capability.0,
+                capability.1
+            )));
+        }
+        // SAFETY: every slice lives on the one stream below, so that no event has to order its uses.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(failed("making a stream"))?;
+        let n_multiprocessors = context
+            .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(failed("counting multiprocessors"))? as u32;
+        // The kernels have some bytes of their own beside what a launch asks for.
+        let shared_bytes = context
+            .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+            .map_err(failed("asking for the shared memory"))? as u32
+            - (1 << 10);
+        Ok(Self { index, context, stream, n_multiprocessors, shared_bytes, capability })
+    }
+
+    /// The GPU's number.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// The GPU's name, as its vendor has it.
+    pub fn name(&self) -> Result<String> {
+        self.context.name().map_err(failed("asking for the name"))
+    }
+
+    /// Memory that is free and memory that there is, in bytes.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.context.mem_get_info().map_err(failed("asking for the memory"))
+    }
+
+    /// Checks that `bytes` fit the free memory, so that a model that does not is refused before its upload.
+    pub fn check_room(&self, bytes: u64) -> Result<()> {
+        let (free, total) = self.memory()?;
+        if bytes > free as u64 {
+            let gb = |n: u64| n as f64 / 1e9;
+            return Err(Error::device(format!(
+                "GPU {} has {:.2} GB free of {:.2} GB; the weights need {:.2} GB. Compress the model further, or use \
+                 --device cpu",
+                self.index,
+                gb(free as u64),
+                gb(total as u64),
+                gb(bytes)
+            )));
+        }
+        Ok(())
+    }
+
+    /// Waits until everything that was issued is done.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(failed("running the model"))
+    }
+
+    pub(super) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    pub(super) fn n_multiprocessors(&self) -> u32 {
+        self.n_multiprocessors
+    }
+
+    /// Shared memory that a launch may ask for, in bytes.
+    pub(super) fn shared_bytes(&self) -> u32 {
+        self.shared_bytes
+    }
+
+    /// Loads kernels that are compiled into this program.
+    pub(super) fn load(&self, fatbin: &[u8]) -> Result<Arc<CudaModule>> {
+        self.context.load_module(Ptx::from_binary(fatbin.to_vec())).map_err(|e| {
+            Error::device(format!(
+                "the driver refuses the kernels for compute capability {}.{} ({}); update it to version 580 or later",
+                self.capability.0,
+                self.capability.1,
+                text(e)
+            ))
+        })
+    }
+
+    /// Finds a kernel, and lets it take `shared_bytes` of dynamic shared memory where that is more than any may.
+    pub(super) fn kernel(&self, module: &Arc<CudaModule>, name: &str, shared_bytes: u32) -> Result<CudaFunction> {
+        let kernel = module.load_function(name).map_err(failed(name))?;
+        if shared_bytes > 48 << 10 {
+            let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            kernel.set_attribute(limit, shared_bytes as i32).map_err(failed(name))?;
+        }
+        Ok(kernel)
+    }
+
+    /// Launches a kernel whose one parameter is the structure `params`.
+    ///
+    /// On GPUs that can (9.0 and later) the kernel starts while the one before it ends: it has to execute
+    /// `griddepcontrol.wait` before it touches what others write.
+    ///
+    /// # Safety
+    /// `params` has the layout that the kernel declares, and its pointers have the room that the kernel takes.
+    pub(super) unsafe fn launch<P: Copy>(&self, kernel: &CudaFunction, grid: Grid, params: &P) -> Result<()> {
+        self.context.bind_to_thread().map_err(failed("binding the GPU to a thread"))?;
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: Default::default(),
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.blocks.0,
+            gridDimY: grid.blocks.1,
+            gridDimZ: grid.blocks.2,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared_bytes,
+            hStream: self.stream.cu_stream(),
+            attrs: &mut overlap,
+            numAttrs: u32::from(self.capability >= (9, 0)),
+        };
+        let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        // SAFETY: the configuration and the argument live until the call returns, which copies them.
+        unsafe { sys::cuLaunchKernelEx(&config, kernel.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .map_err(failed("launching a kernel"))
+    }
+
+    /// Allocates `len` zeros.
+    pub(super) fn zeros<T: DeviceRepr + ValidAsZeroBits>(&self, len: usize) -> Result<CudaSlice<T>> {
+        self.stream.alloc_zeros(len).map_err(|e| self.out_of_memory(e, len * size_of::<T>()))
+    }
+
+    /// The error of an allocation of `bytes` that failed.
+    pub(super) fn out_of_memory(&self, e: DriverError, bytes: usize) -> Error {
+        let free = self.memory().map_or(0, |(free, _)| free);
+        Error::device(format!(
+            "GPU {} cannot give {:.1} MB of memory; {:.1} MB are free ({})",
+            self.index,
+            bytes as f64 / 1e6,
+            free as f64 / 1e6,
+            text(e)
+        ))
+    }
+}
+
+/// Turns a driver's error into ours; `doing` says what failed.
+pub(super) fn failed(doing: &str) -> impl FnOnce(DriverError) -> Error {
+    move |e| Error::device(format!("{doing} failed: {}", text(e)))
+}
+
+/// The driver's own words.
+fn text(e: DriverError) -> String {
+    e.error_string().map_or_else(|_| format!("{e:?}"), |s| s.to_string_lossy().into_owned())
+}

@@ -1,0 +1,936 @@
+//! Encoded matrices on a GPU: their bytes as they lie in the archive, and what runs on them (`engine/cuda/encoded.cu`).
+//!
+//! Nothing here allocates or waits once a matrix is made, so that every launch may be part of a graph.
+
+use super::device::{Device, Grid, failed};
+use crate::error::{Error, Result};
+use codecllm_codec::block::{BLOCK_ROWS, Params};
+use codecllm_codec::{EncodedTensor, Format};
+use cudarc::driver::sys::CUdevice_attribute;
+use cudarc::driver::{CudaFunction, CudaModule, CudaSlice, DevicePtr, DevicePtrMut};
+use std::sync::Arc;
+
+/// Most tokens of a product straight from the compressed blocks.
+pub(super) const PRODUCT_TOKENS: usize = 16;
+/// Tensors in a launch, as the kernels declare it.
+const MAX_TASKS: usize = 8;
+/// Bytes of a warp's window on its stream, and of the tile where it collects decoded rows.
+const RING_BYTES: u32 = 2560;
+const DENSE_TILE_BYTES: u32 = 4096;
+/// Partial sums that one launch may have: 64 MiB.
+const PARTIALS: usize = 8 << 20;
+/// Row blocks that one launch may have.
+const MAX_ROW_BLOCKS: usize = 1 << 16;
+
+/// Parts a symbol and raw bits that have kernels of their own: what the encoder chooses. The others share one that is several times slower.
+const INSTANCES: &[(Format, u32, u32)] = &[
+    (Format::Int8, 4, 2),
+    (Format::Int8, 4, 3),
+    (Format::Int8, 4, 4),
+    (Format::Int8, 4, 5),
+    (Format::Int8, 4, 6),
+    (Format::Int8, 8, 3),
+    (Format::Int8, 8, 4),
+    (Format::Int8, 8, 7),
+    (Format::Fp8, 4, 6),
+    (Format::Fp8, 2, 3),
+    (Format::Bf16, 4, 9),
+    (Format::Bf16, 2, 7),
+];
+
+/// `Matrix` in decode.cuh; pointers are device addresses.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct Description {
+    table: u64,
+    stream: u64,
+    offsets: u64,
+    raw: u64,
+    patch_offsets: u64,
+    patches: u64,
+    scales: u64,
+    n_rows: u32,
+    n_cols: u32,
+    block_cols: u32,
+    n_col_blocks: u32,
+    n_units: u32,
+    table_bits: u32,
+    scale_kind: u32,
+    parts_per_symbol: u32,
+    raw_bits: u32,
+    part_bits: u32,
+    bias: i32,
+    filler: u32,
+}
+
+/// `Task` in encoded.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct Task {
+    matrix: Description,
+    out: u64,
+    bias: u64,
+    partials: u64,
+    arrived: u64,
+    first_cta: u32,
+    n_ctas: u32,
+    strip: u32,
+    n_strips: u32,
+}
+
+/// `Launch` in encoded.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct Launch {
+    tasks: [Task; MAX_TASKS],
+    n_tasks: u32,
+    n_tokens: u32,
+    x: u64,
+    units: u64,
+    tokens: u64,
+}
+
+/// `Prepare` in encoded.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Prepare {
+    x: u64,
+    out: u64,
+    units: u64,
+    n_tokens: u32,
+    n_cols: u32,
+}
+
+/// The kernels, loaded, and the memory that products share.
+pub(super) struct EncodedKernels {
+    module: Arc<CudaModule>,
+    /// By tokens: one, more; for `int8` and for floats.
+    prepare_int8: [CudaFunction; 2],
+    prepare_float: [CudaFunction; 2],
+    shared_limit: u32,
+    n_multiprocessors: u32,
+    partials: CudaSlice<u64>,
+    arrived: CudaSlice<u32>,
+    units: CudaSlice<f64>,
+}
+
+/// Activations, prepared for products: what [`EncodedKernels::operand`] allocates.
+pub(super) struct OperandBuffer {
+    data: CudaSlice<u8>,
+    max_cols: usize,
+}
+
+/// A matrix, encoded, in a GPU's memory.
+pub(super) struct EncodedMatrix {
+    format: Format,
+    description: Description,
+    bytes: u64,
+    kernels: Instance,
+    /// What the description points to.
+    _data: CudaSlice<u8>,
+    _table: CudaSlice<u64>,
+}
+
+/// The kernels for one format and parameters.
+#[derive(Clone)]
+struct Instance {
+    decode_codes: CudaFunction,
+    decode_values: CudaFunction,
+    gather_rows: CudaFunction,
+    /// For 1, 8 and 16 tokens.
+    product: [CudaFunction; 3],
+    name: String,
+}
+
+/// One of the products that share an input.
+pub(super) struct Product<'a> {
+    pub matrix: &'a EncodedMatrix,
+    /// `[n_rows]`
+    pub bias: Option<&'a CudaSlice<f32>>,
+    /// `[n_tokens, n_rows]`
+    pub out: &'a mut CudaSlice<f32>,
+}
+
+impl EncodedKernels {
+    /// Loads the kernels.
+    pub fn new(device: &Device) -> Result<Self> {
+        let module = device.load(include_bytes!("../../cuda/encoded.fatbin"))?;
+        let prepare = |name| device.kernel(&module, name, 0);
+        let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared_limit = device.stream().context().attribute(limit).map_err(failed("asking for shared memory"))?;
+        Ok(Self {
+            prepare_int8: [prepare("prepare_int8_1")?, prepare("prepare_int8_mma")?],
+            prepare_float: [prepare("prepare_float_1")?, prepare("prepare_float_mma")?],
+            module,
+            shared_limit: shared_limit as u32,
+            n_multiprocessors: device.n_multiprocessors(),
+            partials: device.zeros(PARTIALS)?,
+            arrived: device.zeros(MAX_ROW_BLOCKS)?,
+            units: device.zeros(PRODUCT_TOKENS)?,
+        })
+    }
+
+    /// Room for the activations of up to 16 tokens of up to `max_cols` columns.
+    pub fn operand(&self, device: &Device, max_cols: usize) -> Result<OperandBuffer> {
+        let data = device.zeros(max_cols.next_multiple_of(32) * 4 * PRODUCT_TOKENS)?;
+        Ok(OperandBuffer { data, max_cols })
+    }
+
+    fn instance(&self, device: &Device, name: String) -> Result<Instance> {
+        let kernel = |verb: &str| device.kernel(&self.module, &format!("{verb}_{name}"), self.shared_limit);
+        Ok(Instance {
+            decode_codes: kernel("decode_codes")?,
+            decode_values: kernel("decode_values")?,
+            gather_rows: kernel("gather_rows")?,
+            product: [kernel("product_1")?, kernel("product_8")?, kernel("product_16")?],
+            name,
+        })
+    }
+}
+
+/// Whether kernels of their own read these parameters.
+fn has_instance(format: Format, params: &Params) -> bool {
+    let (g, k) = (params.parts_per_symbol, params.raw_bits);
+    // bf16: the bias has no bit below the parts, nor, where an entry holds only high bytes, below those.
+    let clear_bits = match (format, g) {
+        (Format::Bf16, 4) => k.saturating_sub(1).max(8),
+        (Format::Bf16, _) => k.saturating_sub(1),
+        _ => 0,
+    };
+    INSTANCES.contains(&(format, g, k)) && params.bias & ((1 << clear_bits) - 1) == 0
+}
+
+/// The table as the kernels look it up, by slot. Low half: what the shifted state changes by, from the top bit down, and
+/// the bits to read in bits 0 to 4. High half: the parts where the codes have them (`Codec::assemble` in decode.cuh), or the symbol.
+fn table_entries(tensor: &EncodedTensor, params: &Params) -> Vec<u64> {
+    let &Params { parts_per_symbol: g, table_bits, raw_bits: k, part_bits: w, bias, .. } = params;
+    let (format, fixed) = (tensor.format(), has_instance(tensor.format(), params));
+    let place = |symbol: u32| -> u32 {
+        let part = |i: u32| symbol >> (w * i) & ((1 << w) - 1);
+        let low_bits = k.saturating_sub(1);
+        match (format, g) {
+            _ if !fixed => symbol,
+            (Format::Bf16, 4) => (0..4).fold(0, |y, i| y | ((bias as u32 + (part(i) << low_bits)) >> 8) << (8 * i)),
+            (Format::Bf16, _) => (0..g).fold(0, |y, i| y | (bias as u32 + (part(i) << low_bits)) << (16 * i)),
+            // A part of eight is one bit; the second quad's lie one lower.
+            (_, 8) => (0..4).fold(0, |y, i| y | (part(i) << low_bits | part(i + 4) << (low_bits - 1)) << (8 * i)),
+            _ => (0..g).fold(0, |y, i| y | part(i) << (low_bits + 8 * i)),
+        }
+    };
+    let transitions = tensor.transitions().unwrap_or_default().iter().enumerate();
+    transitions
+        .map(|(slot, t)| {
+            let change = u32::from(t.base).wrapping_sub((slot as u32) << t.n_bits) << (32 - table_bits);
+            u64::from(place(t.symbol.into())) << 32 | u64::from(change | u32::from(t.n_bits))
+        })
+        .collect()
+}
+
+impl EncodedMatrix {
+    /// Takes an encoded tensor to the GPU.
+    ///
+    /// # Errors
+    /// A tensor of coder `zstd`, more rows or columns than the kernels count, too little memory.
+    pub fn new(device: &Device, kernels: &EncodedKernels, tensor: &EncodedTensor) -> Result<Self> {
+        let Some(params) = tensor.params() else {
+            return Err(Error::unsupported(
+                "encoded tensor",
+                "its coder is `zstd`, which the GPU does not decode; compress the model with coder `rans`",
+            ));
+        };
+        let geometry = tensor.geometry();
+        // Sums are exact up to 2^31 / 2^14 columns.
+        if geometry.n_cols > 1 << 17 || geometry.n_row_blocks() > PARTIALS / BLOCK_ROWS / PRODUCT_TOKENS {
+            return Err(Error::unsupported(
+                "encoded tensor",
+                format!(
+                    "it has {} rows and {} columns; the GPU's kernels take up to {} and {}",
+                    geometry.n_rows,
+                    geometry.n_cols,
+                    PARTIALS / PRODUCT_TOKENS,
+                    1 << 17
+                ),
+            ));
+        }
+        let stream = device.stream();
+        let data = stream.clone_htod(&tensor.bytes()[..]).map_err(|e| device.out_of_memory(e, tensor.bytes().len()))?;
+        let entries = table_entries(tensor, params);
+        let table = stream.clone_htod(&entries).map_err(|e| device.out_of_memory(e, 8 * entries.len()))?;
+        let sections = tensor.sections();
+        let (base, _) = data.device_ptr(stream);
+        let at = |range: &std::ops::Range<usize>| base + range.start as u64;
+        let patched = !sections.patches.is_empty();
+        let description = Description {
+            table: table.device_ptr(stream).0,
+            stream: at(&sections.stream),
+            offsets: at(&sections.offsets),
+            raw: at(&sections.raw),
+            patch_offsets: if patched { at(&sections.patch_offsets) } else { 0 },
+            patches: at(&sections.patches),
+            scales: at(&sections.scales),
+            n_rows: geometry.n_rows as u32,
+            n_cols: geometry.n_cols as u32,
+            block_cols: params.block_cols,
+            n_col_blocks: geometry.n_col_blocks() as u32,
+            n_units: geometry.n_units() as u32,
+            table_bits: params.table_bits,
+            scale_kind: tensor.scale_kind() as u32,
+            parts_per_symbol: params.parts_per_symbol,
+            raw_bits: params.raw_bits,
+            part_bits: params.part_bits,
+            bias: params.bias,
+            filler: params.filler(tensor.format()).into(),
+        };
+        let (g, k) = (params.parts_per_symbol, params.raw_bits);
+        let name = match has_instance(tensor.format(), params) {
+            true => format!("{}_g{g}_k{k}", tensor.format()),
+            false => format!("{}_any", tensor.format()),
+        };
+        let bytes = (tensor.bytes().len() + 8 * entries.len()) as u64;
+        Ok(Self {
+            format: tensor.format(),
+            description,
+            bytes,
+            kernels: kernels.instance(device, name)?,
+            _data: data,
+            _table: table,
+        })
+    }
+
+    /// Rows.
+    pub fn n_rows(&self) -> usize {
+        self.description.n_rows as usize
+    }
+
+    /// Columns.
+    pub fn n_cols(&self) -> usize {
+        self.description.n_cols as usize
+    }
+
+    /// Bytes in the GPU's memory.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn n_row_blocks(&self) -> usize {
+        self.n_rows().div_ceil(BLOCK_ROWS)
+    }
+
+    fn n_blocks(&self) -> usize {
+        self.n_row_blocks() * self.description.n_col_blocks as usize
+    }
+
+    fn table_bytes(&self) -> u32 {
+        8 << self.description.table_bits
+    }
+}
+
+/// Warps that go with a table of `table_bytes`, each with `tile_bytes` beside its ring, and no more than are of use.
+fn warps(kernels: &EncodedKernels, table_bytes: u32, tile_bytes: u32, most: u32, n_items: usize) -> u32 {
+    let fit = (kernels.shared_limit - table_bytes) / (RING_BYTES + tile_bytes);
+    let of_use = n_items.div_ceil(kernels.n_multiprocessors as usize) as u32;
+    fit.min(most).min(of_use).max(1)
+}
+
+impl EncodedKernels {
+    /// One launch over `tasks`, whose matrices and outputs are set. Gives each a share of the multiprocessors by its number of blocks.
+    ///
+    /// # Safety
+    /// The outputs have the room that the kernel takes.
+    unsafe fn launch(
+        &self,
+        device: &Device,
+        kernel: &CudaFunction,
+        mut launch: Launch,
+        tile_bytes: u32,
+        most_warps: u32,
+    ) -> Result<()> {
+        let tasks = &mut launch.tasks[..launch.n_tasks as usize];
+        let items = |t: &Task| t.matrix.n_rows.div_ceil(BLOCK_ROWS as u32) as usize * t.n_strips as usize;
+        let total: usize = tasks.iter().map(items).sum();
+        let table_bytes = tasks.iter().map(|t| 8 << t.matrix.table_bits).max().unwrap_or(0);
+        let n_warps = warps(self, table_bytes, tile_bytes, most_warps, total);
+        let mut first_cta = 0;
+        for task in tasks.iter_mut() {
+            task.first_cta = first_cta;
+            let n_items = items(task);
+            let share = (n_items * self.n_multiprocessors as usize / total).max(1);
+            task.n_ctas = share.min(n_items) as u32;
+            first_cta += task.n_ctas;
+        }
+        let shared_bytes = table_bytes + n_warps * (RING_BYTES + tile_bytes);
+        let grid = Grid { blocks: (first_cta, 1, 1), threads: 32 * n_warps, shared_bytes };
+        // SAFETY: the structures are the kernels', the pointers those of validated tensors, and the outputs the caller's promise.
+        unsafe { device.launch(kernel, grid, &launch) }
+    }
+
+    /// Decodes matrices to BF16 values, row-major, each into its buffer of at least `n_rows · n_cols`: a launch for every
+    /// eight that share kernels.
+    pub fn decode(&self, device: &Device, jobs: &mut [(&EncodedMatrix, &mut CudaSlice<half::bf16>)]) -> Result<()> {
+        let stream = device.stream();
+        let jobs: Vec<_> = jobs.iter_mut().map(|(m, out)| (*m, out.len(), out.device_ptr_mut(stream).0)).collect();
+        self.decode_to(device, &jobs, |instance| &instance.decode_values)
+    }
+
+    /// Decodes matrices to their codes, row-major, into buffers of at least as many bytes as those have.
+    pub fn decode_codes(&self, device: &Device, jobs: &mut [(&EncodedMatrix, &mut CudaSlice<u8>)]) -> Result<()> {
+        let stream = device.stream();
+        let jobs: Vec<_> = jobs
+            .iter_mut()
+            .map(|(m, out)| (*m, out.len() * 8 / m.format.code_bits() as usize, out.device_ptr_mut(stream).0))
+            .collect();
+        self.decode_to(device, &jobs, |instance| &instance.decode_codes)
+    }
+
+    /// `jobs`: matrices, with the elements that their outputs have room for, and where those lie.
+    fn decode_to(
+        &self,
+        device: &Device,
+        jobs: &[(&EncodedMatrix, usize, u64)],
+        kernel: impl Fn(&Instance) -> &CudaFunction,
+    ) -> Result<()> {
+        for (m, len, _) in jobs {
+            check_len("decoded values", *len, m.n_rows() * m.n_cols())?;
+        }
+        for jobs in groups(jobs, |job| job.0) {
+            let mut launch = Launch { n_tasks: jobs.len() as u32, ..Default::default() };
+            for (task, (m, _, out)) in launch.tasks.iter_mut().zip(&jobs) {
+                let matrix = m.description;
+                *task = Task { matrix, out: *out, strip: 1, n_strips: matrix.n_col_blocks, ..Default::default() };
+            }
+            // SAFETY: the buffers were checked.
+            unsafe { self.launch(device, kernel(&jobs[0].0.kernels), launch, DENSE_TILE_BYTES, 32)? };
+        }
+        Ok(())
+    }
+
+    /// `out[t] = matrix[tokens[t]]` for the first `n_tokens` tokens; out `[n_tokens, n_cols]`. Rows that the matrix does
+    /// not have are left as they are.
+    pub fn gather_rows(
+        &self,
+        device: &Device,
+        matrix: &EncodedMatrix,
+        tokens: &CudaSlice<u32>,
+        n_tokens: usize,
+        out: &mut CudaSlice<f32>,
+    ) -> Result<()> {
+        check_len("tokens", tokens.len(), n_tokens)?;
+        check_len("gathered rows", out.len(), n_tokens * matrix.n_cols())?;
+        let mut launch = Launch { n_tasks: 1, n_tokens: n_tokens as u32, ..Default::default() };
+        launch.tokens = tokens.device_ptr(device.stream()).0;
+        let out = out.device_ptr_mut(device.stream()).0;
+        launch.tasks[0] = Task { matrix: matrix.description, out, ..Default::default() };
+        let shared_bytes = matrix.table_bytes() + RING_BYTES;
+        let grid = Grid { blocks: (matrix.description.n_col_blocks, n_tokens as u32, 1), threads: 32, shared_bytes };
+        // SAFETY: as in `launch`; the buffers were checked.
+        unsafe { device.launch(&matrix.kernels.gather_rows, grid, &launch) }
+    }
+
+    /// `out[t] = matrix · x[t] + bias` for each of the products; x `[n_tokens, n_cols]`, 1 to 16 tokens.
+    ///
+    /// `int8`: exactly the sums of [`codecllm_codec::EncodedTensor::product`]. `bf16` and `fp8`: within
+    /// 2^-16 · Σ |w · x| of the exact sum, where a patched weight counts as its filler, too; and always the same.
+    pub fn product(
+        &self,
+        device: &Device,
+        operand: &mut OperandBuffer,
+        x: &CudaSlice<f32>,
+        n_tokens: usize,
+        products: &mut [Product<'_>],
+    ) -> Result<()> {
+        let Some(n_cols) = products.first().map(|p| p.matrix.n_cols()) else { return Ok(()) };
+        if n_tokens == 0 || n_tokens > PRODUCT_TOKENS || n_cols > operand.max_cols {
+            return Err(Error::Parameter(format!(
+                "{n_tokens} tokens of {n_cols} columns: a product takes 1 to {PRODUCT_TOKENS} of up to {}",
+                operand.max_cols
+            )));
+        }
+        check_len("activations", x.len(), n_tokens * n_cols)?;
+        for p in products.iter() {
+            check_len("columns", p.matrix.n_cols(), n_cols)?;
+            check_len("products", p.out.len(), n_tokens * p.matrix.n_rows())?;
+            check_len("biases", p.bias.map_or(usize::MAX, CudaSlice::len), p.matrix.n_rows())?;
+        }
+        let stream = device.stream();
+        let jobs: Vec<(&EncodedMatrix, u64, u64)> = products
+            .iter_mut()
+            .map(|p| (p.matrix, p.bias.map_or(0, |b| b.device_ptr(stream).0), p.out.device_ptr_mut(stream).0))
+            .collect();
+        let (tiles, kernel) = match n_tokens {
+            1 => (0, 0),
+            2..=8 => (1, 1),
+            _ => (2, 2),
+        };
+        let units = self.units.device_ptr(stream).0;
+        let prepared = operand.data.device_ptr_mut(stream).0;
+        let mut ready = None;
+        for jobs in groups(&jobs, |job| job.0) {
+            let is_int8 = jobs[0].0.format == Format::Int8;
+            if ready != Some(is_int8) {
+                let by_tokens = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
+                let prepare = &by_tokens[usize::from(n_tokens > 1)];
+                let blocks = if n_tokens == 1 { 1 } else { 8 * tiles };
+                let grid = Grid { blocks: (blocks, 1, 1), threads: 1024, shared_bytes: 0 };
+                let x = x.device_ptr(stream).0;
+                let params = Prepare { x, out: prepared, units, n_tokens: n_tokens as u32, n_cols: n_cols as u32 };
+                // SAFETY: an operand has room for sixteen tokens of `max_cols` columns.
+                unsafe { device.launch(prepare, grid, &params)? };
+                ready = Some(is_int8);
+            }
+            let tile_bytes = match (n_tokens, is_int8) {
+                (1, true) => 256,
+                (1, false) => 0,
+                (_, true) => 1024,
+                (_, false) => 2048,
+            };
+            let most_warps = if n_tokens == 1 { 32 } else { 16 };
+            let mut launch = Launch {
+                n_tasks: jobs.len() as u32,
+                n_tokens: n_tokens as u32,
+                x: prepared,
+                units,
+                ..Default::default()
+            };
+            self.add_tasks(device, &mut launch, &jobs, most_warps)?;
+            // SAFETY: the buffers were checked.
+            unsafe { self.launch(device, &jobs[0].0.kernels.product[kernel], launch, tile_bytes, most_warps)? };
+        }
+        Ok(())
+    }
+
+    /// Sets the tasks of products: how many blocks of a row a warp takes, and where its sums go. Short strips keep all
+    /// warps busy, long ones leave fewer sums to add up.
+    fn add_tasks(
+        &self,
+        device: &Device,
+        launch: &mut Launch,
+        jobs: &[(&EncodedMatrix, u64, u64)],
+        most_warps: u32,
+    ) -> Result<()> {
+        let stream = device.stream();
+        let (partials, arrived) = (self.partials.device_ptr(stream).0, self.arrived.device_ptr(stream).0);
+        let n_blocks: usize = jobs.iter().map(|(m, ..)| m.n_blocks()).sum();
+        let enough = 2 * (self.n_multiprocessors * most_warps) as usize;
+        let sums = BLOCK_ROWS * launch.n_tokens as usize;
+        let mut strip = (n_blocks / enough).max(1);
+        let of_row = |m: &EncodedMatrix, strip: usize| (m.description.n_col_blocks as usize).div_ceil(strip);
+        while strip < 1 << 12
+            && jobs.iter().map(|(m, ..)| m.n_row_blocks() * of_row(m, strip) * sums).sum::<usize>() > PARTIALS
+        {
+            strip *= 2;
+        }
+        let (mut n_sums, mut n_row_blocks) = (0, 0);
+        for (task, &(m, bias, out)) in launch.tasks.iter_mut().zip(jobs) {
+            let n_strips = of_row(m, strip);
+            *task = Task {
+                matrix: m.description,
+                out,
+                bias,
+                partials: partials + 8 * n_sums as u64,
+                arrived: arrived + 4 * n_row_blocks as u64,
+                strip: strip as u32,
+                n_strips: n_strips as u32,
+                ..Default::default()
+            };
+            n_sums += m.n_row_blocks() * n_strips * sums;
+            n_row_blocks += m.n_row_blocks();
+        }
+        if n_sums > PARTIALS || n_row_blocks > MAX_ROW_BLOCKS {
+            return Err(Error::Parameter(format!(
+                "{} matrices have {n_row_blocks} row blocks together; one launch takes up to {}: give it fewer",
+                jobs.len(),
+                PARTIALS / sums
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// `jobs` in groups for one launch each: up to eight matrices that share kernels.
+fn groups<'a, T: Copy>(jobs: &[T], matrix: impl Fn(&T) -> &'a EncodedMatrix) -> Vec<Vec<T>> {
+    let mut groups: Vec<Vec<T>> = Vec::new();
+    for job in jobs {
+        let fits = |g: &&mut Vec<T>| g.len() < MAX_TASKS && matrix(&g[0]).kernels.name == matrix(job).kernels.name;
+        match groups.iter_mut().find(fits) {
+            Some(group) => group.push(*job),
+            None => groups.push(vec![*job]),
+        }
+    }
+    groups
+}
+
+fn check_len(what: &str, found: usize, needed: usize) -> Result<()> {
+    match found < needed {
+        true => Err(Error::Parameter(format!("room for {found} {what} on the GPU; {needed} are needed"))),
+        false => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use codecllm_codec::encoded::{Checks, EncodeOptions};
+    use codecllm_codec::quantize::{Codes, code_value};
+    use codecllm_codec::{Cpu, Dtype, Operand, Prefer, ScaleMode, Tensor, encode_tensor, encode_with_params};
+    use half::bf16;
+    use std::path::PathBuf;
+
+    /// A GPU and its kernels, or nothing where there is none and none is required.
+    fn gpu() -> Option<(Device, EncodedKernels)> {
+        match Device::open(0) {
+            Ok(device) => {
+                let kernels = EncodedKernels::new(&device).unwrap();
+                Some((device, kernels))
+            }
+            Err(e) if std::env::var_os("CODECLLM_REQUIRE_CUDA").is_none_or(|v| v != "1") => {
+                eprintln!("skipped, for want of a GPU: {e}");
+                None
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+
+    fn random(n: usize, mut seed: u64) -> Vec<f32> {
+        let mut next = move || {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (seed >> 40) as f32 / (1 << 24) as f32 - 0.5
+        };
+        (0..n).map(|_| (0..6).map(|_| next()).sum::<f32>()).collect()
+    }
+
+    fn tensor(n_rows: usize, n_cols: usize, seed: u64) -> Tensor {
+        let data: Vec<u8> =
+            random(n_rows * n_cols, seed).iter().flat_map(|v| bf16::from_f32(v * 0.1).to_le_bytes()).collect();
+        Tensor { name: "w".into(), dtype: Dtype::Bf16, shape: vec![n_rows, n_cols], data: data.into() }
+    }
+
+    /// Tensors of odd shapes and all families of parameters, with what they are.
+    fn tensors() -> Vec<(String, EncodedTensor)> {
+        let mut all = Vec::new();
+        let shapes = [(1, 1), (33, 31), (64, 512), (75, 1000), (100, 2080), (32, 4096)];
+        for (i, (n_rows, n_cols)) in shapes.into_iter().enumerate() {
+            let source = tensor(n_rows, n_cols, i as u64 + 1);
+            for format in [Format::Bf16, Format::Fp8, Format::Int8] {
+                for prefer in [Prefer::Size, Prefer::Balanced, Prefer::Speed] {
+                    let options = EncodeOptions { format, prefer, ..Default::default() };
+                    let bytes = encode_tensor(&source, &options).unwrap();
+                    all.push((format!("{n_rows} × {n_cols} {format} {prefer:?}"), parse(bytes)));
+                }
+                for (g, t, k, w, c) in FAMILIES {
+                    let block_cols = *c;
+                    let mut params = Params {
+                        parts_per_symbol: *g,
+                        table_bits: *t,
+                        raw_bits: *k,
+                        part_bits: *w,
+                        block_cols,
+                        bias: 0,
+                    };
+                    if format == Format::Bf16 {
+                        // The magnitudes below about 0.25.
+                        params.bias = (125 << 7) - (1 << (w + k.saturating_sub(1))).min(125 << 7);
+                    }
+                    if let Ok(bytes) = encode_with_params(&source, format, ScaleMode::Channel, params) {
+                        all.push((format!("{n_rows} × {n_cols} {format} {params:?}"), parse(bytes)));
+                    }
+                }
+            }
+        }
+        assert!(all.len() > 200);
+        all
+    }
+
+    /// G, T, k, w, C.
+    const FAMILIES: &[(u32, u32, u32, u32, u32)] = &[
+        (1, 5, 0, 7, 32),
+        (1, 12, 1, 7, 96),
+        (1, 13, 7, 6, 256),
+        (1, 14, 8, 7, 2048),
+        (1, 11, 15, 1, 64),
+        (2, 14, 4, 4, 128),
+        (2, 9, 3, 5, 224),
+        (2, 12, 7, 1, 64),
+        (2, 13, 7, 6, 512),
+        (2, 10, 12, 3, 32),
+        (4, 10, 2, 3, 128),
+        (4, 12, 3, 3, 256),
+        (4, 10, 4, 2, 512),
+        (4, 10, 5, 2, 128),
+        (4, 10, 6, 2, 512),
+        (4, 13, 9, 3, 512),
+        (4, 8, 9, 2, 64),
+        (4, 8, 0, 3, 64),
+        (4, 11, 11, 3, 1024),
+        (8, 10, 3, 1, 64),
+        (8, 10, 4, 1, 256),
+        (8, 10, 7, 1, 256),
+        (8, 14, 7, 1, 2048),
+        (8, 10, 0, 1, 256),
+        (8, 10, 10, 1, 96),
+    ];
+
+    fn parse(bytes: Vec<u8>) -> EncodedTensor {
+        EncodedTensor::parse(bytes.into(), Checks::Full).unwrap()
+    }
+
+    fn code_bytes(tensor: &EncodedTensor) -> Vec<u8> {
+        match tensor.decode_codes(Cpu::Scalar).unwrap() {
+            Codes::U8(codes) => codes.into_owned(),
+            Codes::U16(codes) => codes.iter().flat_map(|c| c.to_le_bytes()).collect(),
+        }
+    }
+
+    #[track_caller]
+    fn assert_same<T: PartialEq + std::fmt::Debug>(what: &str, n_cols: usize, found: &[T], expected: &[T]) {
+        assert_eq!(found.len(), expected.len(), "{what}");
+        if let Some(i) = (0..found.len()).find(|&i| found[i] != expected[i]) {
+            let different = (0..found.len()).filter(|&i| found[i] != expected[i]).count();
+            panic!(
+                "{what}: element {i} (row {}, column {}) is {:?}, expected {:?}; {different} of {} differ",
+                i / n_cols,
+                i % n_cols,
+                found[i],
+                expected[i],
+                found.len()
+            );
+        }
+    }
+
+    /// Golden files that decode.
+    fn vectors() -> Vec<(String, EncodedTensor)> {
+        let root = std::env::var_os("CARGO_MANIFEST_DIR").map_or(PathBuf::from("."), |d| PathBuf::from(d).join(".."));
+        let files = std::fs::read_dir(root.join("vectors")).unwrap().map(|f| f.unwrap().path());
+        let bins: Vec<PathBuf> = files.filter(|f| f.extension().is_some_and(|e| e == "bin")).collect();
+        assert!(bins.len() > 30);
+        let name = |f: &PathBuf| f.file_name().unwrap().to_string_lossy().into_owned();
+        let good = bins.iter().filter(|f| !name(f).starts_with("bad-") && !name(f).contains("zstd"));
+        good.map(|f| (name(f), parse(std::fs::read(f).unwrap()))).collect()
+    }
+
+    #[test]
+    fn decodes_to_the_codes_of_the_plain_decoder() {
+        let Some((device, kernels)) = gpu() else { return };
+        let stream = device.stream();
+        let all: Vec<_> = vectors().into_iter().chain(tensors()).collect();
+        // Twelve at once, of any kind.
+        for tensors in all.chunks(12) {
+            let made = tensors.iter().map(|(_, t)| EncodedMatrix::new(&device, &kernels, t).unwrap());
+            let matrices: Vec<EncodedMatrix> = made.collect();
+            let mut codes: Vec<CudaSlice<u8>> = tensors
+                .iter()
+                .map(|(_, t)| stream.clone_htod(&vec![0xa5; t.n_rows() * t.n_cols() * 2]).unwrap())
+                .collect();
+            let mut jobs: Vec<_> = matrices.iter().zip(&mut codes).collect();
+            kernels.decode_codes(&device, &mut jobs).unwrap();
+            let mut values: Vec<CudaSlice<bf16>> =
+                tensors.iter().map(|(_, t)| stream.alloc_zeros(t.n_rows() * t.n_cols()).unwrap()).collect();
+            let mut jobs: Vec<_> = matrices.iter().zip(&mut values).collect();
+            kernels.decode(&device, &mut jobs).unwrap();
+            for ((what, t), (codes, values)) in tensors.iter().zip(codes.iter().zip(&values)) {
+                let expected = code_bytes(t);
+                let found = stream.clone_dtoh(codes).unwrap();
+                assert_same(what, t.n_cols(), &found[..expected.len()], &expected);
+                assert!(found[expected.len()..].iter().all(|&b| b == 0xa5), "{what}: bytes behind the matrix changed");
+                let decoded = t.decode_codes(Cpu::Scalar).unwrap();
+                let expected: Vec<u16> = (0..decoded.len())
+                    .map(|i| bf16::from_f32(code_value(t.format(), decoded.get(i)) * t.scale(i / t.n_cols())).to_bits())
+                    .collect();
+                let found: Vec<u16> = stream.clone_dtoh(values).unwrap().iter().map(|v| v.to_bits()).collect();
+                assert_same(what, t.n_cols(), &found, &expected);
+            }
+        }
+    }
+
+    #[test]
+    fn gathers_rows() {
+        let Some((device, kernels)) = gpu() else { return };
+        let stream = device.stream();
+        for (what, t) in vectors().into_iter().chain(tensors()) {
+            let matrix = EncodedMatrix::new(&device, &kernels, &t).unwrap();
+            let (last, n_cols) = (t.n_rows() - 1, t.n_cols());
+            let rows = [last as u32, 0, last as u32 / 2, u32::MAX];
+            let mut out = stream.clone_htod(&vec![7f32; 4 * n_cols]).unwrap();
+            let tokens = stream.clone_htod(&rows).unwrap();
+            kernels.gather_rows(&device, &matrix, &tokens, 4, &mut out).unwrap();
+            let mut expected = vec![7f32; 4 * n_cols];
+            for (row, out) in rows[..3].iter().map(|&r| r as usize).zip(expected.chunks_mut(n_cols)) {
+                t.decode_rows(Cpu::Scalar, row..row + 1, out).unwrap();
+            }
+            assert_same(&what, n_cols, &stream.clone_dtoh(&out).unwrap(), &expected);
+        }
+    }
+
+    #[test]
+    fn products_agree_with_the_decoded_weights() {
+        let Some((device, kernels)) = gpu() else { return };
+        let mut operand = kernels.operand(&device, 4096).unwrap();
+        let stream = device.stream();
+        for (what, t) in vectors().into_iter().chain(tensors()) {
+            let matrix = EncodedMatrix::new(&device, &kernels, &t).unwrap();
+            let (n_rows, n_cols) = (t.n_rows(), t.n_cols());
+            let bias = random(n_rows, 5);
+            let bias_dev = stream.clone_htod(&bias).unwrap();
+            let codes = t.decode_codes(Cpu::Scalar).unwrap();
+            for n_tokens in [1, 2, 8, 9, 16] {
+                let x = random(n_tokens * n_cols, n_tokens as u64);
+                let x_dev = stream.clone_htod(&x).unwrap();
+                let mut outs: Vec<CudaSlice<f32>> =
+                    (0..2).map(|_| stream.clone_htod(&vec![f32::NAN; n_tokens * n_rows]).unwrap()).collect();
+                let [plain, biased] = &mut outs[..] else { unreachable!() };
+                let mut products = [
+                    Product { matrix: &matrix, bias: None, out: plain },
+                    Product { matrix: &matrix, bias: Some(&bias_dev), out: biased },
+                ];
+                kernels.product(&device, &mut operand, &x_dev, n_tokens, &mut products).unwrap();
+                let found: Vec<Vec<f32>> = outs.iter().map(|o| stream.clone_dtoh(o).unwrap()).collect();
+                if t.format() == Format::Int8 {
+                    let mut y = vec![0f32; n_rows * n_tokens];
+                    t.product(Cpu::Scalar, &Operand::new(&x, n_cols), 0..n_rows, &mut y).unwrap();
+                    let expected: Vec<f32> =
+                        (0..n_tokens * n_rows).map(|i| y[i % n_rows * n_tokens + i / n_rows]).collect();
+                    assert_same(&format!("{what}, {n_tokens} tokens"), n_rows, &found[0], &expected);
+                }
+                for (i, (&y, &with_bias)) in found[0].iter().zip(&found[1]).enumerate() {
+                    let (token, row) = (i / n_rows, i % n_rows);
+                    let terms = (0..n_cols).map(|c| {
+                        let w = code_value(t.format(), codes.get(row * n_cols + c)) * t.scale(row);
+                        f64::from(w) * f64::from(x[token * n_cols + c])
+                    });
+                    let (sum, all) = terms.fold((0.0, 0.0), |(s, a), v| (s + v, a + v.abs()));
+                    // Patched weights count as what stands in their place, too.
+                    let filler = f64::from(code_value(t.format(), t.params().unwrap().filler(t.format())) * t.scale(row));
+                    let patched = if t.sections().patches.is_empty() { 0.0 } else { filler.abs() * n_cols as f64 * 3.0 };
+                    let limit = match t.format() {
+                        Format::Int8 => 1e-3 * all,
+                        _ => 2f64.powi(-16) * (all + patched),
+                    };
+                    assert!(
+                        (f64::from(y) - sum).abs() <= limit,
+                        "{what}, {n_tokens} tokens: row {row} of token {token} is {y}, expected {sum} within {limit:e}"
+                    );
+                    assert_eq!(with_bias, y + bias[row]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_corrupt_payload_stays_in_bounds() {
+        let Some((device, kernels)) = gpu() else { return };
+        let stream = device.stream();
+        let mut operand = kernels.operand(&device, 4096).unwrap();
+        for (what, t) in vectors().into_iter().chain(tensors()) {
+            let mut bytes = t.bytes().to_vec();
+            let noise = random(bytes.len(), 9);
+            for at in t.sections().raw.start..t.sections().stream.end {
+                bytes[at] = noise[at].to_bits() as u8;
+            }
+            // Between sections there are zeros.
+            bytes[t.sections().raw.end..t.sections().stream.start].fill(0);
+            let t = EncodedTensor::parse(bytes.into(), Checks::None).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let matrix = EncodedMatrix::new(&device, &kernels, &t).unwrap();
+            let mut values = stream.alloc_zeros(t.n_rows() * t.n_cols()).unwrap();
+            kernels.decode(&device, &mut [(&matrix, &mut values)]).unwrap();
+            for n_tokens in [1, 3, 16] {
+                let x = stream.clone_htod(&random(n_tokens * t.n_cols(), 1)).unwrap();
+                let mut out = stream.alloc_zeros(n_tokens * t.n_rows()).unwrap();
+                let mut products = [Product { matrix: &matrix, bias: None, out: &mut out }];
+                kernels.product(&device, &mut operand, &x, n_tokens, &mut products).unwrap();
+            }
+            device.synchronize().unwrap();
+        }
+    }
+
+    /// Times on the device machine; prints a table.
+    #[test]
+    #[ignore = "a bench"]
+    fn bench() {
+        let (device, kernels) = gpu().unwrap();
+        let stream = device.stream();
+        let mut operand = kernels.operand(&device, 16384).unwrap();
+        let rows_made = 256;
+        for (n_rows, n_cols) in [(14336, 4096), (4096, 4096), (5632, 2048), (2048, 2048), (28672, 8192)] {
+            let source = random(rows_made * n_cols, 3);
+            let make = |f: f32, top: f32| {
+                let values =
+                    source.iter().enumerate().map(|(i, v)| if top > 0.0 && i % n_cols == 0 { top } else { v * f });
+                let data: Vec<u8> =
+                    values.cycle().take(n_rows * n_cols).flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect();
+                Tensor { name: "w".into(), dtype: Dtype::Bf16, shape: vec![n_rows, n_cols], data: data.into() }
+            };
+            let params = |g, t, k, w, c, bias| Params {
+                parts_per_symbol: g,
+                table_bits: t,
+                raw_bits: k,
+                part_bits: w,
+                block_cols: c,
+                bias,
+            };
+            let narrow = make(7.07, 127.0);
+            let cases = [
+                ("narrow", &narrow, Format::Int8, params(8, 10, 4, 1, 256, 0)),
+                ("narrow", &narrow, Format::Int8, params(8, 10, 4, 1, 512, 0)),
+                ("narrow", &narrow, Format::Int8, params(4, 11, 3, 3, 512, 0)),
+                ("narrow", &narrow, Format::Int8, params(8, 10, 4, 1, 128, 0)),
+                ("absmax", &make(1.0, 2.9), Format::Int8, params(4, 10, 6, 2, 512, 0)),
+                ("absmax", &make(1.0, 2.9), Format::Int8, params(8, 10, 7, 1, 512, 0)),
+                ("bf16", &make(0.02, 0.0), Format::Bf16, params(4, 12, 9, 3, 512, 108 << 7)),
+            ];
+            for (what, source, format, params) in cases {
+                if n_rows * n_cols > 1 << 25 && params.block_cols < 256 {
+                    continue;
+                }
+                let t = parse(encode_with_params(source, format, ScaleMode::Channel, params).unwrap());
+                let copies = (300_000_000 / t.bytes().len()).clamp(2, 40);
+                let matrices: Vec<_> =
+                    (0..copies).map(|_| EncodedMatrix::new(&device, &kernels, &t).unwrap()).collect();
+                let x = stream.clone_htod(&random(16 * n_cols, 1)).unwrap();
+                let mut out: CudaSlice<f32> = stream.alloc_zeros(16 * n_rows).unwrap();
+                let mut values: CudaSlice<bf16> = stream.alloc_zeros(n_rows * n_cols).unwrap();
+                let mut codes: CudaSlice<u8> = stream.alloc_zeros(2 * n_rows * n_cols).unwrap();
+                let bits = t.bytes().len() as f64 * 8.0 / (n_rows * n_cols) as f64;
+                print!(
+                    "{n_rows:>6}x{n_cols:<5}{what:>7} g{} k{} C{:<5}{bits:6.3} bits",
+                    params.parts_per_symbol, params.raw_bits, params.block_cols
+                );
+                for work in [1, 4, 16, 0, 100] {
+                    let mut run = |matrix: &EncodedMatrix| match work {
+                        0 => kernels.decode(&device, &mut [(matrix, &mut values)]).unwrap(),
+                        100 => kernels.decode_codes(&device, &mut [(matrix, &mut codes)]).unwrap(),
+                        n => kernels
+                            .product(&device, &mut operand, &x, n, &mut [Product { matrix, bias: None, out: &mut out }])
+                            .unwrap(),
+                    };
+                    run(&matrices[0]);
+                    device.synchronize().unwrap();
+                    stream
+                        .begin_capture(cudarc::driver::sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+                        .unwrap();
+                    matrices.iter().for_each(&mut run);
+                    let flags =
+                        cudarc::driver::sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+                    let graph = stream.end_capture(flags).unwrap().unwrap();
+                    graph.launch().unwrap();
+                    device.synchronize().unwrap();
+                    let start = std::time::Instant::now();
+                    let n = 5;
+                    for _ in 0..n {
+                        graph.launch().unwrap();
+                    }
+                    device.synchronize().unwrap();
+                    let us = start.elapsed().as_secs_f64() * 1e6 / (n * copies) as f64;
+                    print!(
+                        "  {}: {us:7.2} us {:5.2} T",
+                        match work {
+                            0 => "bf16".into(),
+                            100 => "codes".into(),
+                            n => format!("x{n}"),
+                        },
+                        (n_rows * n_cols) as f64 / us / 1e6
+                    );
+                }
+                println!();
+            }
+        }
+    }
+}
