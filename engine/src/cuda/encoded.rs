@@ -798,8 +798,10 @@ mod tests {
                     });
                     let (sum, all) = terms.fold((0.0, 0.0), |(s, a), v| (s + v, a + v.abs()));
                     // Patched weights count as what stands in their place, too.
-                    let filler = f64::from(code_value(t.format(), t.params().unwrap().filler(t.format())) * t.scale(row));
-                    let patched = if t.sections().patches.is_empty() { 0.0 } else { filler.abs() * n_cols as f64 * 3.0 };
+                    let filler =
+                        f64::from(code_value(t.format(), t.params().unwrap().filler(t.format())) * t.scale(row));
+                    let patched =
+                        if t.sections().patches.is_empty() { 0.0 } else { filler.abs() * n_cols as f64 * 3.0 };
                     let limit = match t.format() {
                         Format::Int8 => 1e-3 * all,
                         _ => 2f64.powi(-16) * (all + patched),
