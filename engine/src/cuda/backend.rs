@@ -6,7 +6,7 @@
 //! tokens, of activations as the sum of two BF16 numbers, and for more, rounded to one. Encoded matrices are multiplied as they are up to 16
 //! tokens, and for more decoded into a buffer first that all of them share.
 
-use super::blas::Blas;
+use super::blas::{Blas, Gemm};
 use super::device::{Device, Grid, failed};
 use super::encoded::{self, EncodedKernels, EncodedMatrix, OperandBuffer, PRODUCT_TOKENS};
 use super::host::{Pinned, Upload};
@@ -105,7 +105,7 @@ pub struct Matrix(Storage);
 
 enum Storage {
     Dense(Dense),
-    Encoded(EncodedMatrix),
+    Encoded(Box<EncodedMatrix>),
 }
 
 /// BF16, `[n_rows, stride]`
@@ -282,7 +282,7 @@ impl CudaBackend {
         for product in products {
             match &product.matrix.0 {
                 Storage::Dense(matrix) => dense.push((matrix, product)),
-                Storage::Encoded(matrix) => encoded.push((matrix, product)),
+                Storage::Encoded(matrix) => encoded.push((&**matrix, product)),
             }
         }
         let blas = self.blas.as_ref().filter(|_| x.n_tokens > 1);
@@ -332,14 +332,23 @@ impl CudaBackend {
         product: &mut Projection<'_, Self>,
     ) -> Result<()> {
         let rows = rows(weights, product);
-        let (shape, adds) = ([product.matrix.n_rows(), product.matrix.n_cols()], product.adds);
-        let product = |x_data, adds| {
-            // SAFETY: matrix, input and output have the sizes that are given; all lie on the device's stream.
-            unsafe { blas.product(weights, stride, shape, x_data, x.stride(), x.n_tokens, rows.out, adds) }
+        let mut gemm = Gemm {
+            matrix: weights,
+            matrix_stride: stride,
+            n_rows: product.matrix.n_rows(),
+            n_cols: product.matrix.n_cols(),
+            x: address(&x.buffer.narrow),
+            x_stride: x.stride(),
+            n_tokens: x.n_tokens,
+            out: rows.out,
+            adds: product.adds,
         };
-        product(address(&x.buffer.narrow), adds)?;
+        // SAFETY: matrix, input and output have the sizes that are given; all lie on the device's stream.
+        unsafe { blas.product(&gemm)? };
         if x.is_exact() {
-            product(address(&x.buffer.rest), true)?;
+            (gemm.x, gemm.adds) = (address(&x.buffer.rest), true);
+            // SAFETY: as above.
+            unsafe { blas.product(&gemm)? };
         }
         if rows.bias != NONE {
             let params = ops::AddBias { out: rows.out, bias: rows.bias, n_rows: rows.n_rows };
@@ -433,7 +442,7 @@ impl Backend for CudaBackend {
             Weight::Encoded(tensor) => {
                 let matrix = EncodedMatrix::new(&self.device, &self.encoded, &tensor)?;
                 self.scratch().grow(self, matrix.n_rows(), matrix.n_cols())?;
-                return Ok(Matrix(Storage::Encoded(matrix)));
+                return Ok(Matrix(Storage::Encoded(Box::new(matrix))));
             }
         };
         let stride = n_cols.next_multiple_of(ROW_ALIGN);
