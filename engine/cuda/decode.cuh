@@ -168,6 +168,7 @@ __device__ __noinline__ Quad assemble_any(const Matrix& m, u64 parts, const u32*
 
 // A warp's window on a block's stream: four chunks of 512 bytes, and the first again behind the last, so that reads that begin within the
 // ring need not wrap.
+constexpr u32 PREFETCH = 4;  // units of raw bits
 constexpr u32 CHUNK = 512, RING = 2048, RING_BYTES = RING + CHUNK;
 
 struct Reader {
@@ -251,6 +252,7 @@ __device__ __forceinline__ void prefetch_block(const Matrix& m, u32 i, u32 j, u3
 
 // Copies the table to the start of shared memory.
 __device__ __forceinline__ void load_table(const Matrix& m, uint2* table) {
+#pragma unroll 4
     for (u32 i = threadIdx.x; i < 1u << m.table_bits; i += blockDim.x) table[i] = m.table[i];
 }
 
@@ -274,6 +276,10 @@ __device__ __forceinline__ void decode_block(const Matrix& m, u32 table, u32 rin
 #pragma unroll
             for (int b = 0; b < C::K; b++) raw[b] = ahead[b];
             raw_next += 32 * C::K;
+            // The load a unit ahead does not cover device memory's latency.
+            if (lane < C::K && u + PREFETCH < units) {
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(raw_next + (PREFETCH - 1) * 32 * C::K + 31 * lane));
+            }
             if (u + 1 < units) {
 #pragma unroll
                 for (int b = 0; b < C::K; b++) ahead[b] = __ldcs(raw_next + 32 * b);

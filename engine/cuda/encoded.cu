@@ -21,7 +21,7 @@ struct Task {
 struct Launch {
     Task tasks[MAX_TASKS];
     u32 n_tasks, n_tokens;
-    const void* x;        // from prepare_*
+    const void* x;        // one token: f32 [n_cols]; more: from prepare_*
     const double* units;  // [token], int8: what one of a fixed-point activation is worth
     const u32* tokens;    // gather: [n_tokens], the rows
 };
@@ -56,6 +56,15 @@ __device__ __forceinline__ u32 code_at(Quad quad, int i) {
 template <int FORMAT>
 __device__ __forceinline__ Quad to_bf16(Quad quad, float scale) {
     if (FORMAT == BF16) return quad;
+    if (FORMAT == INT8) {
+        // The code plus 128 as the lowest bits of 2^23.
+        const u32 code = quad.a ^ 0x80808080;
+        float v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = (__uint_as_float(prmt(code, 0x4b000000, 0x7540 + i)) - 8388736.0f) * scale;
+        const __nv_bfloat162 low = __floats2bfloat162_rn(v[0], v[1]), high = __floats2bfloat162_rn(v[2], v[3]);
+        return {*(const u32*)&low, *(const u32*)&high};
+    }
     u32 pair[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -130,6 +139,40 @@ struct Patches {
     }
 };
 
+// Each of a token's activations as 16-bit fixed point, 255 · high + low, as codec/src/product.rs defines it: all threads of the block together
+// call put(column, high, low) for all columns up to a multiple of 32. `x` null stands for zeros. Returns what one is worth.
+template <class Put>
+__device__ __forceinline__ double to_fixed(const float* x, u32 n_cols, Put put) {
+    __shared__ float warp_max[32];
+    __shared__ u32 all_finite;
+    if (threadIdx.x == 0) all_finite = 1;
+    __syncthreads();
+    float most = 0;
+    bool finite = true;
+#pragma unroll 4
+    for (u32 c = threadIdx.x; x && c < n_cols; c += blockDim.x) {
+        const float v = fabsf(x[c]);
+        most = fmaxf(most, v);
+        finite = finite && v < __int_as_float(0x7f800000);
+    }
+    for (int s = 16; s > 0; s >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, s));
+    if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = most;
+    if (!finite) all_finite = 0;
+    __syncthreads();
+    most = 0;
+    for (u32 w = 0; w < blockDim.x / 32; w++) most = fmaxf(most, warp_max[w]);
+    const float ratio = most > 0 ? __fdiv_rn(32512.0f, most) : 0;
+    const bool usable = all_finite && ratio > 0 && ratio < __int_as_float(0x7f800000);
+#pragma unroll 4
+    for (u32 c = threadIdx.x; c < (n_cols + 31) / 32 * 32; c += blockDim.x) {
+        const float v = x && usable && c < n_cols ? x[c] : 0;
+        const i32 fixed = (i32)rintf(__fmul_rn(v, usable ? ratio : 0));
+        const i32 high = (i32)rintf(__fmul_rn((float)fixed, 1.0f / 255.0f));
+        put(c, high, fixed - 255 * high);
+    }
+    return !all_finite ? __longlong_as_double(0x7ff8000000000000) : usable ? 1.0 / (double)ratio : 0.0;
+}
+
 // ---------------------------------------------------------------- sinks
 
 // Rows of codes, or of bf16 values, staged so that every store is of whole lines.
@@ -146,6 +189,7 @@ struct DenseSink {
 
     __device__ __forceinline__ DenseSink(const Launch&, const Task& task, u32 scratch, u32 lane)
         : m(task.matrix), out((u8*)task.out), tile{scratch}, lane(lane) {}
+    __device__ __forceinline__ void prepare(u8*) {}
     __device__ __forceinline__ void begin_strip(u32 i_) { i = i_, scale = VALUES && i * 32 + lane < m.n_rows ? scale_of<FORMAT>(m, i * 32 + lane) : 0; }
     __device__ __forceinline__ void begin_block(u32 j) {
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
@@ -237,8 +281,9 @@ __device__ __forceinline__ void add(i64& sum, u64 partial) { sum += (i64)partial
 __device__ __forceinline__ void add(double& sum, u64 partial) { sum += __longlong_as_double((i64)partial); }
 
 // Adds up the strips of a row block, once the last of them is there, always in the same order. Takes TOKENS at a time.
-template <int FORMAT, int TOKENS>
-__device__ __forceinline__ void finish_rows(const Task& task, const Launch& launch, u32 i, u32 lane) {
+// `unit(token)` is what one of an int8 product's activations is worth.
+template <int FORMAT, int TOKENS, class Unit>
+__device__ __forceinline__ void finish_rows(const Task& task, const Launch& launch, Unit unit, u32 i, u32 lane) {
     __threadfence();
     __syncwarp();
     u32 before = 0;
@@ -252,7 +297,7 @@ __device__ __forceinline__ void finish_rows(const Task& task, const Launch& laun
     for (u32 first = 0; first < n_tokens; first += TOKENS) {
         typename std::conditional<FORMAT == INT8, i64, double>::type sums[TOKENS] = {};
         const u64* from = task.partials + ((u64)i * task.n_strips * n_tokens + first) * 32 + lane;
-#pragma unroll (8 / TOKENS)
+#pragma unroll (TOKENS == 1 ? 8 : 4)
         for (u32 s = 0; s < task.n_strips; s++, from += n_tokens * 32) {
 #pragma unroll
             for (int t = 0; t < TOKENS; t++) {
@@ -264,7 +309,7 @@ __device__ __forceinline__ void finish_rows(const Task& task, const Launch& laun
             const u32 token = first + t;
             if (row >= n_rows || token >= n_tokens) continue;
             float y;
-            if (FORMAT == INT8) y = (float)((double)sums[t] * ((double)scale * launch.units[token]));
+            if (FORMAT == INT8) y = (float)((double)sums[t] * ((double)scale * unit(token)));
             else y = (float)sums[t] * scale;
             ((float*)task.out)[(u64)token * n_rows + row] = task.bias ? y + bias : y;
         }
@@ -276,29 +321,44 @@ template <int FORMAT>
 struct DotSink {
     static constexpr int TILE_BYTES = FORMAT == INT8 ? 256 : 0;
     const Matrix& m;
-    const void* x;
+    const float* x;
+    const signed char* fixed;  // int8, shared: of four columns each, high 4, low 4
+    double unit;
     Patches patches;
     u32 scratch, lane, i, first_col, n_cols;
     i32 high = 0, low = 0;
     float sums[4] = {};
-    const uint4* x_next;  // int8: of eight columns each, high, low, high, low
+    const uint4* x_next;  // int8: the unit's activations
     uint4 xs[4];
+    const float4* x_unit;  // the others: the same, in global memory
+    bool whole;            // the unit's columns are all the matrix's
 
     __device__ __forceinline__ DotSink(const Launch& launch, const Task& task, u32 scratch, u32 lane)
-        : m(task.matrix), x(launch.x), scratch(scratch), lane(lane) {}
+        : m(task.matrix), x((const float*)launch.x), scratch(scratch), lane(lane) {}
+    // `shared` has room for the activations. All threads call it.
+    __device__ __forceinline__ void prepare(u8* shared) {
+        if constexpr (FORMAT == INT8) {
+            fixed = (const signed char*)shared;
+            unit = to_fixed(x, m.n_cols, [&](u32 c, i32 high, i32 low) {
+                shared[c / 4 * 8 + c % 4] = (u8)high, shared[c / 4 * 8 + 4 + c % 4] = (u8)low;
+            });
+        }
+    }
     __device__ __forceinline__ void begin_strip(u32 i_) {
         i = i_, high = low = 0;
         for (int c = 0; c < 4; c++) sums[c] = 0;
     }
     __device__ __forceinline__ void begin_block(u32 j) {
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
-        x_next = (const uint4*)x + first_col / 8;
+        if (FORMAT == INT8) x_next = (const uint4*)fixed + first_col / 8;
         patches.begin(m, i * m.n_col_blocks + j);
     }
-    __device__ __forceinline__ void begin_unit(u32) {
+    __device__ __forceinline__ void begin_unit(u32 u) {
+        whole = (u + 1) * 32 <= n_cols;
+        x_unit = (const float4*)(x + first_col + u * 32);
         if constexpr (FORMAT == INT8) {
 #pragma unroll
-            for (int c = 0; c < 4; c++) xs[c] = __ldg(x_next + c);
+            for (int c = 0; c < 4; c++) xs[c] = x_next[c];
             x_next += 4;
         }
     }
@@ -308,8 +368,15 @@ struct DotSink {
             high = __dp4a((i32)quad.a, (i32)(q & 1 ? v.z : v.x), high);
             low = __dp4a((i32)quad.a, (i32)(q & 1 ? v.w : v.y), low);
         } else {
-            const float4 v = __ldg((const float4*)x + (first_col + u * 32) / 4 + q);
-            if ((u + 1) * 32 > n_cols) quad = first_columns<FORMAT == BF16 ? 2 : 1>(quad, (i32)n_cols - (i32)(u * 32 + q * 4));
+            float4 v;
+            if (whole) {
+                v = __ldg(x_unit + q);
+            } else {
+                const float* from = (const float*)(x_unit + q);
+                const i32 n = (i32)n_cols - (i32)(u * 32 + q * 4);
+                quad = first_columns<FORMAT == BF16 ? 2 : 1>(quad, n);
+                v = {n > 0 ? from[0] : 0, n > 1 ? from[1] : 0, n > 2 ? from[2] : 0, n > 3 ? from[3] : 0};
+            }
             sums[0] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 0)), v.x, sums[0]);
             sums[1] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 1)), v.y, sums[1]);
             sums[2] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 2)), v.z, sums[2]);
@@ -327,7 +394,7 @@ struct DotSink {
             patches.until(~0u, lane, [&](u32 row, u32 col, u32 code) {
                 const i32 change = (i32)(signed char)code - (i32)(signed char)m.filler;
                 const u32 c = first_col + col;
-                const signed char* v = (const signed char*)x + c / 4 * 8 + c % 4;
+                const signed char* v = fixed + c / 4 * 8 + c % 4;
                 asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(scratch + 8 * row), "r"(change * v[0]) : "memory");
                 asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(scratch + 8 * row + 4), "r"(change * v[4]) : "memory");
             });
@@ -338,7 +405,7 @@ struct DotSink {
             for (; patches.next < patches.end; patches.next++) {
                 const u32 patch = __ldg(patches.list + patches.next);
                 if ((patch >> 16 & 31) != lane) continue;
-                const float v = ((const float*)x)[first_col + (patch >> 21)];
+                const float v = x[first_col + (patch >> 21)];
                 sums[0] = fmaf(value_of<FORMAT>(patch & 0xffff), v, sums[0]);
                 sums[0] = fmaf(-value_of<FORMAT>(m.filler), v, sums[0]);
             }
@@ -348,7 +415,7 @@ struct DotSink {
         u64* to = task.partials + (u64)(i * task.n_strips + strip) * 32 + lane;
         if (FORMAT == INT8) *to = (u64)(255 * (i64)high + low);
         else *to = (u64)__double_as_longlong((double)sums[0] + sums[1] + ((double)sums[2] + sums[3]));
-        finish_rows<FORMAT, 1>(task, launch, i, lane);
+        finish_rows<FORMAT, 1>(task, launch, [unit = unit](u32) { return unit; }, i, lane);
     }
 };
 
@@ -365,9 +432,11 @@ struct MmaSink {
     u32 held[8 * ELEMENT];
     // [half of the rows][tokens][high, low: int8 only]
     Sum sums[2][TILES][FORMAT == INT8 ? 2 : 1][4];
+    uint4 xs[TILES][ELEMENT];
 
     __device__ __forceinline__ MmaSink(const Launch& launch, const Task& task, u32 scratch, u32 lane)
         : m(task.matrix), x((const uint4*)launch.x), tile{scratch}, lane(lane) {}
+    __device__ __forceinline__ void prepare(u8*) {}
     __device__ __forceinline__ void begin_strip(u32 i_) {
         i = i_;
         Sum* all = &sums[0][0][0][0];
@@ -378,7 +447,14 @@ struct MmaSink {
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
         patches.begin(m, i * m.n_col_blocks + j);
     }
-    __device__ __forceinline__ void begin_unit(u32) {}
+    __device__ __forceinline__ void begin_unit(u32 u) {
+        const uint4* from = x + (u64)(first_col / 32 + u) * TILES * ELEMENT * 32 + lane;
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+#pragma unroll
+            for (int k = 0; k < ELEMENT; k++) xs[t][k] = __ldg(from + (t * ELEMENT + k) * 32);
+        }
+    }
     __device__ __forceinline__ void quad(u32 u, int q, Quad quad) {
         if (FORMAT == FP8) quad = to_bf16<FP8>(quad, 1);
         if (FORMAT != INT8 && (u + 1) * 32 > n_cols) quad = first_columns<2>(quad, (i32)n_cols - (i32)(u * 32 + q * 4));
@@ -400,7 +476,6 @@ struct MmaSink {
             });
             __syncwarp();
         }
-        const u32 unit = first_col / 32 + u;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
@@ -409,7 +484,7 @@ struct MmaSink {
                 tile.load_matrix(a, lane, 16 * half, 32 * k);
 #pragma unroll
                 for (int t = 0; t < TILES; t++) {
-                    const uint4 b = __ldg(x + ((unit * TILES + t) * ELEMENT + k) * 32 + lane);
+                    const uint4 b = xs[t][k];
                     if constexpr (FORMAT == INT8) {
                         mma(sums[half][t][0], a, b.x, b.y);
                         mma(sums[half][t][1], a, b.z, b.w);
@@ -446,7 +521,7 @@ struct MmaSink {
                 }
             }
         }
-        finish_rows<FORMAT, 8>(task, launch, i, lane);
+        finish_rows<FORMAT, 8>(task, launch, [&](u32 token) { return launch.units[token]; }, i, lane);
     }
 };
 
@@ -474,15 +549,19 @@ __device__ __forceinline__ void go_over_strips(const Launch& launch) {
     start_next();
     if (first < n_items) prefetch_block(m, first / task.n_strips, first % task.n_strips * task.strip, lane);
     load_table(m, (uint2*)shared_memory);
-    __syncthreads();
-    wait_for_previous();
     const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, Sink::TILE_BYTES);
     Sink sink(launch, task, ring + RING_BYTES, lane);
+    wait_for_previous();
+    sink.prepare(shared_memory + (8 << m.table_bits) + n_warps * (RING_BYTES + Sink::TILE_BYTES));
+    __syncthreads();
     for (u32 item = first; item < n_items; item += n_warps * task.n_ctas) {
         const u32 i = item / task.n_strips, strip = item % task.n_strips;
         sink.begin_strip(i);
         const u32 end = min((strip + 1) * task.strip, m.n_col_blocks);
         for (u32 j = strip * task.strip; j < end; j++) {
+            const u32 next = item + n_warps * task.n_ctas;
+            if (j + 1 < end) prefetch_block(m, i, j + 1, lane);
+            else if (next < n_items) prefetch_block(m, next / task.n_strips, next % task.n_strips * task.strip, lane);
             sink.begin_block(j);
             decode_block<FORMAT, C>(m, table, ring, lane, i, j, sink);
             sink.end_block();
@@ -550,7 +629,7 @@ KERNELS(BF16, bf16, ANY, ANY, _any)
 
 // ---------------------------------------------------------------- activations
 
-// x [n_tokens, n_cols] -> an operand of products. One thread block a token of the operand; those from n_tokens on are zero, as
+// x [n_tokens, n_cols] -> an operand of products with more than one token. One thread block a token of the operand; those from n_tokens on are zero, as
 // are the columns up to a multiple of 32.
 struct Prepare {
     const float* x;
@@ -559,70 +638,18 @@ struct Prepare {
     u32 n_tokens, n_cols;
 };
 
-// Each number of a token as 16-bit fixed point, 255 · high + low, as codec/src/product.rs defines it: calls put(column, high, low).
-template <class Put>
-__device__ __forceinline__ void to_fixed(const Prepare& p, u32 token, Put put) {
-    __shared__ float warp_max[32];
-    __shared__ u32 all_finite;
-    const u32 n_units = (p.n_cols + 31) / 32;
-    const float* x = p.x + (u64)token * p.n_cols;
-    const bool there = token < p.n_tokens;
-    if (threadIdx.x == 0) all_finite = 1;
-    __syncthreads();
-    float most = 0;
-    bool finite = true;
-    for (u32 c = threadIdx.x; there && c < p.n_cols; c += blockDim.x) {
-        const float v = fabsf(x[c]);
-        most = fmaxf(most, v);
-        finite = finite && v < __int_as_float(0x7f800000);
-    }
-    for (int s = 16; s > 0; s >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, s));
-    if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = most;
-    if (!finite) all_finite = 0;
-    __syncthreads();
-    most = 0;
-    for (u32 w = 0; w < blockDim.x / 32; w++) most = fmaxf(most, warp_max[w]);
-    const float ratio = most > 0 ? __fdiv_rn(32512.0f, most) : 0;
-    const bool usable = all_finite && ratio > 0 && ratio < __int_as_float(0x7f800000);
-    if (threadIdx.x == 0 && there) {
-        p.units[token] = !all_finite ? __longlong_as_double(0x7ff8000000000000) : usable ? 1.0 / (double)ratio : 0.0;
-    }
-    for (u32 c = threadIdx.x; c < n_units * 32; c += blockDim.x) {
-        const float v = there && usable && c < p.n_cols ? x[c] : 0;
-        const i32 fixed = (i32)rintf(__fmul_rn(v, usable ? ratio : 0));
-        const i32 high = (i32)rintf(__fmul_rn((float)fixed, 1.0f / 255.0f));
-        put(c, high, fixed - 255 * high);
-    }
-}
-
-// [columns / 4][high 4, low 4]
-extern "C" __global__ void prepare_int8_1(const __grid_constant__ Prepare p) {
-    start_next();
-    wait_for_previous();
-    to_fixed(p, blockIdx.x, [&](u32 c, i32 high, i32 low) {
-        ((signed char*)p.out)[c / 4 * 8 + c % 4] = high;
-        ((signed char*)p.out)[c / 4 * 8 + 4 + c % 4] = low;
-    });
-}
-
 // The operand of mma, 16 bytes a lane: [unit][8 tokens][lane][high 0-15, high 16-31, low 0-15, low 16-31][4]
 extern "C" __global__ void prepare_int8_mma(const __grid_constant__ Prepare p) {
     start_next();
     wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
-    to_fixed(p, token, [&](u32 c, i32 high, i32 low) {
+    const float* x = token < p.n_tokens ? p.x + (u64)token * p.n_cols : nullptr;
+    const double unit = to_fixed(x, p.n_cols, [&](u32 c, i32 high, i32 low) {
         const u32 in_unit = c % 32, lane = token % 8 * 4 + in_unit % 16 / 4;
         signed char* to = (signed char*)p.out + ((u64)(c / 32 * tiles + token / 8) * 32 + lane) * 16 + in_unit / 16 * 4 + in_unit % 4;
         to[0] = high, to[8] = low;
     });
-}
-
-extern "C" __global__ void prepare_float_1(const __grid_constant__ Prepare p) {
-    start_next();
-    wait_for_previous();
-    for (u32 c = threadIdx.x; c < (p.n_cols + 31) / 32 * 32; c += blockDim.x) {
-        ((float*)p.out)[(u64)blockIdx.x * ((p.n_cols + 31) / 32 * 32) + c] = c < p.n_cols ? p.x[(u64)blockIdx.x * p.n_cols + c] : 0;
-    }
+    if (threadIdx.x == 0 && x) p.units[token] = unit;
 }
 
 // The same for bf16, of 16 columns: [unit][8 tokens][half][lane][high 0-7, high 8-15, low 0-7, low 8-15][2], x = high + low but for 2^-17 of it.

@@ -2,11 +2,11 @@
 //!
 //! A step of one token is recorded as a CUDA graph and replayed: what changes from token to token (the token and its
 //! position) is read from memory that [`Backend::begin`] writes. Its products read the weights once, with the norm before
-//! them and the sum after them in the same kernel. Steps of more tokens round activations to BF16 and multiply them by
-//! cuBLAS, where that is installed, and otherwise token by token. Encoded matrices are multiplied as they are up to 16
+//! them and the sum after them in the same kernel. Those of more tokens are cuBLAS's, where it is installed: up to 16
+//! tokens, of activations as the sum of two BF16 numbers, and for more, rounded to one. Encoded matrices are multiplied as they are up to 16
 //! tokens, and for more decoded into a buffer first that all of them share.
 
-use super::blas::Blas;
+use super::blas::{Blas, Gemm};
 use super::device::{Device, Grid, failed};
 use super::encoded::{self, EncodedKernels, EncodedMatrix, OperandBuffer, PRODUCT_TOKENS};
 use super::host::{Pinned, Upload};
@@ -105,7 +105,7 @@ pub struct Matrix(Storage);
 
 enum Storage {
     Dense(Dense),
-    Encoded(EncodedMatrix),
+    Encoded(Box<EncodedMatrix>),
 }
 
 /// BF16, `[n_rows, stride]`
@@ -141,6 +141,8 @@ pub struct Buffer {
     /// The same rounded to BF16, `[capacity, width padded]`, while it is the input of a product of many tokens. Empty where
     /// there is one token at most.
     narrow: CudaSlice<u16>,
+    /// What that rounding lost, for up to `PRODUCT_TOKENS` tokens.
+    rest: CudaSlice<u16>,
     width: usize,
 }
 
@@ -206,6 +208,11 @@ impl<'a> Activations<'a> {
         self.buffer.width.next_multiple_of(ROW_ALIGN)
     }
 
+    /// Whether products keep what rounding to BF16 loses: for so few tokens the weights' way from memory is the longer one.
+    fn is_exact(&self) -> bool {
+        self.n_tokens <= PRODUCT_TOKENS
+    }
+
     fn address(&self) -> CUdeviceptr {
         address(&self.buffer.data) + (4 * self.first * self.buffer.width) as CUdeviceptr
     }
@@ -242,6 +249,10 @@ impl CudaBackend {
         self.scratch.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    fn ring_bytes(&self) -> u32 {
+        ops::ring_bytes(self.device.shared_bytes())
+    }
+
     /// A grid over `n` values, each thread taking several.
     fn elementwise(&self, n: usize) -> Grid {
         let blocks = n.div_ceil(ROW_THREADS as usize).min(8 * self.device.n_multiprocessors() as usize);
@@ -251,12 +262,13 @@ impl CudaBackend {
     /// Normalizes activations, where they are to be: into `out` as f32, or rounded into their buffer's BF16 form.
     fn normalize(&self, x: &Activations<'_>, out: Option<&mut CudaSlice<f32>>) -> Result<()> {
         let (weight, eps) = x.norm();
-        let (out, narrow) = match out {
-            Some(out) => (address_mut(out), NONE),
-            None => (NONE, address(&x.buffer.narrow)),
+        let (out, narrow, rest) = match out {
+            Some(out) => (address_mut(out), NONE, NONE),
+            None if x.is_exact() => (NONE, address(&x.buffer.narrow), address(&x.buffer.rest)),
+            None => (NONE, address(&x.buffer.narrow), NONE),
         };
         let (n_cols, stride) = (x.n_cols() as u32, x.stride() as u32);
-        let params = ops::Normalize { x: x.address(), weight, out, narrow, eps, n_cols, stride };
+        let params = ops::Normalize { x: x.address(), weight, out, narrow, rest, eps, n_cols, stride };
         let grid = Grid { blocks: (x.n_tokens as u32, 1, 1), threads: 4 * ROW_THREADS, shared_bytes: 0 };
         // SAFETY: the buffer has a row of either form for each token, and so has `out`.
         unsafe { self.device.launch(&self.kernels.normalize, grid, &params) }
@@ -270,7 +282,7 @@ impl CudaBackend {
         for product in products {
             match &product.matrix.0 {
                 Storage::Dense(matrix) => dense.push((matrix, product)),
-                Storage::Encoded(matrix) => encoded.push((matrix, product)),
+                Storage::Encoded(matrix) => encoded.push((&**matrix, product)),
             }
         }
         let blas = self.blas.as_ref().filter(|_| x.n_tokens > 1);
@@ -320,10 +332,24 @@ impl CudaBackend {
         product: &mut Projection<'_, Self>,
     ) -> Result<()> {
         let rows = rows(weights, product);
-        let shape = [product.matrix.n_rows(), product.matrix.n_cols()];
-        let narrow = address(&x.buffer.narrow);
+        let mut gemm = Gemm {
+            matrix: weights,
+            matrix_stride: stride,
+            n_rows: product.matrix.n_rows(),
+            n_cols: product.matrix.n_cols(),
+            x: address(&x.buffer.narrow),
+            x_stride: x.stride(),
+            n_tokens: x.n_tokens,
+            out: rows.out,
+            adds: product.adds,
+        };
         // SAFETY: matrix, input and output have the sizes that are given; all lie on the device's stream.
-        unsafe { blas.product(weights, stride, shape, narrow, x.stride(), x.n_tokens, rows.out, product.adds)? };
+        unsafe { blas.product(&gemm)? };
+        if x.is_exact() {
+            (gemm.x, gemm.adds) = (address(&x.buffer.rest), true);
+            // SAFETY: as above.
+            unsafe { blas.product(&gemm)? };
+        }
         if rows.bias != NONE {
             let params = ops::AddBias { out: rows.out, bias: rows.bias, n_rows: rows.n_rows };
             let grid = Grid { blocks: (x.n_tokens as u32, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
@@ -340,7 +366,7 @@ impl CudaBackend {
         let mut params = ops::Matvec { x: x.address(), norm, products: Default::default(), eps, n_cols, stride };
         params.products[..rows.len()].copy_from_slice(rows);
         let blocks = (self.device.n_multiprocessors(), x.n_tokens as u32, 1);
-        let grid = Grid { blocks, threads: ops::MATVEC_THREADS, shared_bytes: 4 * stride };
+        let grid = Grid { blocks, threads: ops::MATVEC_THREADS, shared_bytes: self.ring_bytes() + 4 * stride };
         // SAFETY: matrices and vectors have the rows and columns that are given (checked by the callers), and the shared
         // memory, which `matrix` bounded, holds the activations of a token.
         unsafe { self.device.launch(kernel, grid, &params) }
@@ -416,17 +442,15 @@ impl Backend for CudaBackend {
             Weight::Encoded(tensor) => {
                 let matrix = EncodedMatrix::new(&self.device, &self.encoded, &tensor)?;
                 self.scratch().grow(self, matrix.n_rows(), matrix.n_cols())?;
-                return Ok(Matrix(Storage::Encoded(matrix)));
+                return Ok(Matrix(Storage::Encoded(Box::new(matrix))));
             }
         };
         let stride = n_cols.next_multiple_of(ROW_ALIGN);
-        if 4 * stride > self.device.shared_bytes() as usize {
+        let room = (self.device.shared_bytes() - self.ring_bytes()) as usize / 4;
+        if stride > room {
             return Err(Error::unsupported(
                 "--device cuda",
-                format!(
-                    "a matrix has {n_cols} columns; this GPU's shared memory has room for {}",
-                    self.device.shared_bytes() / 4
-                ),
+                format!("a matrix has {n_cols} columns; this GPU's shared memory has room for {room}"),
             ));
         }
         let mut to = self.device.zeros::<u16>(n_rows * stride)?;
@@ -442,8 +466,14 @@ impl Backend for CudaBackend {
     }
 
     fn buffer(&self, n_tokens: usize, width: usize) -> Result<Buffer> {
-        let n_narrow = if n_tokens > 1 { n_tokens * width.next_multiple_of(ROW_ALIGN) } else { 0 };
-        Ok(Buffer { data: self.device.zeros(n_tokens * width)?, narrow: self.device.zeros(n_narrow)?, width })
+        let stride = width.next_multiple_of(ROW_ALIGN);
+        let n_narrow = if n_tokens > 1 { n_tokens } else { 0 };
+        Ok(Buffer {
+            data: self.device.zeros(n_tokens * width)?,
+            narrow: self.device.zeros(n_narrow * stride)?,
+            rest: self.device.zeros(n_narrow.min(PRODUCT_TOKENS) * stride)?,
+            width,
+        })
     }
 
     fn cache(&self, shape: CacheShape) -> Result<Cache> {

@@ -8,6 +8,23 @@ use cudarc::driver::sys::CUdeviceptr;
 /// cuBLAS on a device's stream.
 pub(super) struct Blas(CudaBlas);
 
+/// `out[t][row] = matrix[row] · x[t]`, in BF16; the sums are f32.
+pub(super) struct Gemm {
+    /// `[n_rows, matrix_stride]`, of which `n_cols` columns count.
+    pub matrix: CUdeviceptr,
+    pub matrix_stride: usize,
+    pub n_rows: usize,
+    pub n_cols: usize,
+    /// `[n_tokens, x_stride]`, likewise.
+    pub x: CUdeviceptr,
+    pub x_stride: usize,
+    pub n_tokens: usize,
+    /// f32, `[n_tokens, n_rows]`
+    pub out: CUdeviceptr,
+    /// Whether the product is added to what `out` holds.
+    pub adds: bool,
+}
+
 impl Blas {
     /// `None` where the library is not installed.
     pub fn load(device: &Device) -> Result<Option<Self>> {
@@ -19,22 +36,12 @@ impl Blas {
         Ok(Some(Self(blas.map_err(|e| Error::device(format!("cuBLAS does not start: {e}")))?)))
     }
 
-    /// `out[t][row] = matrix[row] · x[t]`, added to what is there if it `adds`. Matrix `[n_rows, matrix_stride]` and x
-    /// `[n_tokens, x_stride]` are BF16, of which `n_cols` columns count; out `[n_tokens, n_rows]` and the sums are f32.
+    /// Issues a product.
     ///
     /// # Safety
-    /// The pointers have room for these shapes, in the memory of the device.
-    pub unsafe fn product(
-        &self,
-        matrix: CUdeviceptr,
-        matrix_stride: usize,
-        [n_rows, n_cols]: [usize; 2],
-        x: CUdeviceptr,
-        x_stride: usize,
-        n_tokens: usize,
-        out: CUdeviceptr,
-        adds: bool,
-    ) -> Result<()> {
+    /// The pointers have room for the shapes, in the memory of the device.
+    pub unsafe fn product(&self, gemm: &Gemm) -> Result<()> {
+        let &Gemm { matrix, matrix_stride, n_rows, n_cols, x, x_stride, n_tokens, out, adds } = gemm;
         let (alpha, beta) = (1f32, f32::from(u8::from(adds)));
         let bf16 = sys::cudaDataType::CUDA_R_16BF;
         // Columns first, as cuBLAS has it: outᵀ [n_rows, n_tokens] = matrix · xᵀ.

@@ -14,9 +14,10 @@ use std::sync::Arc;
 pub(super) const PRODUCT_TOKENS: usize = 16;
 /// Tensors in a launch, as the kernels declare it.
 const MAX_TASKS: usize = 8;
-/// Bytes of a warp's window on its stream, and of the tile where it collects decoded rows.
+/// Bytes of a warp's window on its stream.
 const RING_BYTES: u32 = 2560;
-const DENSE_TILE_BYTES: u32 = 4096;
+/// What a decode to rows needs: tiles where warps collect them.
+const DENSE_NEEDS: Needs = Needs { tile_bytes: 4096, block_bytes: 0, warps: 32 };
 /// Partial sums that one launch may have: 64 MiB.
 const PARTIALS: usize = 8 << 20;
 /// Row blocks that one launch may have.
@@ -101,12 +102,21 @@ struct Prepare {
     n_cols: u32,
 }
 
+/// What a kernel needs beside its table: shared memory of each warp besides its window, shared memory of a block, and the warps that its registers
+/// allow.
+#[derive(Clone, Copy)]
+struct Needs {
+    tile_bytes: u32,
+    block_bytes: u32,
+    warps: u32,
+}
+
 /// The kernels, loaded, and the memory that products share.
 pub(super) struct EncodedKernels {
     module: Arc<CudaModule>,
-    /// By tokens: one, more; for `int8` and for floats.
-    prepare_int8: [CudaFunction; 2],
-    prepare_float: [CudaFunction; 2],
+    /// Operands of several tokens, for `int8` and for floats.
+    prepare_int8: CudaFunction,
+    prepare_float: CudaFunction,
     shared_limit: u32,
     n_multiprocessors: u32,
     partials: CudaSlice<u64>,
@@ -159,10 +169,11 @@ impl EncodedKernels {
         let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared_limit = device.stream().context().attribute(limit).map_err(failed("asking for shared memory"))?;
         Ok(Self {
-            prepare_int8: [prepare("prepare_int8_1")?, prepare("prepare_int8_mma")?],
-            prepare_float: [prepare("prepare_float_1")?, prepare("prepare_float_mma")?],
+            prepare_int8: prepare("prepare_int8_mma")?,
+            prepare_float: prepare("prepare_float_mma")?,
             module,
-            shared_limit: shared_limit as u32,
+            // A little is for what the kernels declare themselves.
+            shared_limit: shared_limit as u32 - 1024,
             n_multiprocessors: device.n_multiprocessors(),
             partials: device.zeros(PARTIALS)?,
             arrived: device.zeros(MAX_ROW_BLOCKS)?,
@@ -325,31 +336,29 @@ impl EncodedMatrix {
     }
 }
 
-/// Warps that go with a table of `table_bytes`, each with `tile_bytes` beside its ring, and no more than are of use.
-fn warps(kernels: &EncodedKernels, table_bytes: u32, tile_bytes: u32, most: u32, n_items: usize) -> u32 {
-    let fit = (kernels.shared_limit - table_bytes) / (RING_BYTES + tile_bytes);
-    let of_use = n_items.div_ceil(kernels.n_multiprocessors as usize) as u32;
-    fit.min(most).min(of_use).max(1)
-}
-
 impl EncodedKernels {
     /// One launch over `tasks`, whose matrices and outputs are set. Gives each a share of the multiprocessors by its number of blocks.
     ///
     /// # Safety
     /// The outputs have the room that the kernel takes.
-    unsafe fn launch(
-        &self,
-        device: &Device,
-        kernel: &CudaFunction,
-        mut launch: Launch,
-        tile_bytes: u32,
-        most_warps: u32,
-    ) -> Result<()> {
+    unsafe fn launch(&self, device: &Device, kernel: &CudaFunction, mut launch: Launch, needs: Needs) -> Result<()> {
         let tasks = &mut launch.tasks[..launch.n_tasks as usize];
         let items = |t: &Task| t.matrix.n_rows.div_ceil(BLOCK_ROWS as u32) as usize * t.n_strips as usize;
         let total: usize = tasks.iter().map(items).sum();
         let table_bytes = tasks.iter().map(|t| 8 << t.matrix.table_bits).max().unwrap_or(0);
-        let n_warps = warps(self, table_bytes, tile_bytes, most_warps, total);
+        let (once, a_warp) = (table_bytes + needs.block_bytes, RING_BYTES + needs.tile_bytes);
+        let fit = self.shared_limit.saturating_sub(once) / a_warp;
+        // Those that find no block help with the table and the activations.
+        let n_warps = fit.min(needs.warps);
+        if n_warps == 0 {
+            return Err(Error::unsupported(
+                "encoded tensor",
+                format!(
+                    "its table and input take {once} bytes of shared memory, the GPU has {} a block; compress the model with --prefer speed",
+                    self.shared_limit
+                ),
+            ));
+        }
         let mut first_cta = 0;
         for task in tasks.iter_mut() {
             task.first_cta = first_cta;
@@ -358,7 +367,7 @@ impl EncodedKernels {
             task.n_ctas = share.min(n_items) as u32;
             first_cta += task.n_ctas;
         }
-        let shared_bytes = table_bytes + n_warps * (RING_BYTES + tile_bytes);
+        let shared_bytes = once + n_warps * a_warp;
         let grid = Grid { blocks: (first_cta, 1, 1), threads: 32 * n_warps, shared_bytes };
         // SAFETY: the structures are the kernels', the pointers those of validated tensors, and the outputs the caller's promise.
         unsafe { device.launch(kernel, grid, &launch) }
@@ -399,7 +408,7 @@ impl EncodedKernels {
                 *task = Task { matrix, out: *out, strip: 1, n_strips: matrix.n_col_blocks, ..Default::default() };
             }
             // SAFETY: the buffers were checked.
-            unsafe { self.launch(device, kernel(&jobs[0].0.kernels), launch, DENSE_TILE_BYTES, 32)? };
+            unsafe { self.launch(device, kernel(&jobs[0].0.kernels), launch, DENSE_NEEDS)? };
         }
         Ok(())
     }
@@ -462,38 +471,32 @@ impl EncodedKernels {
             _ => (2, 2),
         };
         let units = self.units.device_ptr(stream).0;
-        let prepared = operand.data.device_ptr_mut(stream).0;
+        let (plain, prepared) = (x.device_ptr(stream).0, operand.data.device_ptr_mut(stream).0);
         let mut ready = None;
         for jobs in groups(&jobs, |job| job.0) {
             let is_int8 = jobs[0].0.format == Format::Int8;
-            if ready != Some(is_int8) {
-                let by_tokens = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
-                let prepare = &by_tokens[usize::from(n_tokens > 1)];
-                let blocks = if n_tokens == 1 { 1 } else { 8 * tiles };
-                let grid = Grid { blocks: (blocks, 1, 1), threads: 1024, shared_bytes: 0 };
-                let x = x.device_ptr(stream).0;
-                let params = Prepare { x, out: prepared, units, n_tokens: n_tokens as u32, n_cols: n_cols as u32 };
+            if n_tokens > 1 && ready != Some(is_int8) {
+                let prepare = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
+                let grid = Grid { blocks: (8 * tiles, 1, 1), threads: 1024, shared_bytes: 0 };
+                let params =
+                    Prepare { x: plain, out: prepared, units, n_tokens: n_tokens as u32, n_cols: n_cols as u32 };
                 // SAFETY: an operand has room for sixteen tokens of `max_cols` columns.
                 unsafe { device.launch(prepare, grid, &params)? };
                 ready = Some(is_int8);
             }
-            let tile_bytes = match (n_tokens, is_int8) {
-                (1, true) => 256,
-                (1, false) => 0,
-                (_, true) => 1024,
-                (_, false) => 2048,
+            // One token's activations are made fixed-point in shared memory.
+            let needs = match (n_tokens, is_int8) {
+                (1, true) => Needs { tile_bytes: 256, block_bytes: 2 * n_cols.next_multiple_of(32) as u32, warps: 32 },
+                (1, false) => Needs { tile_bytes: 0, block_bytes: 0, warps: 32 },
+                (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: 16 },
+                (_, false) => Needs { tile_bytes: 2048, block_bytes: 0, warps: 16 },
             };
-            let most_warps = if n_tokens == 1 { 32 } else { 16 };
-            let mut launch = Launch {
-                n_tasks: jobs.len() as u32,
-                n_tokens: n_tokens as u32,
-                x: prepared,
-                units,
-                ..Default::default()
-            };
-            self.add_tasks(device, &mut launch, &jobs, most_warps)?;
+            let x = if n_tokens == 1 { plain } else { prepared };
+            let mut launch =
+                Launch { n_tasks: jobs.len() as u32, n_tokens: n_tokens as u32, x, units, ..Default::default() };
+            self.add_tasks(device, &mut launch, &jobs, needs.warps)?;
             // SAFETY: the buffers were checked.
-            unsafe { self.launch(device, &jobs[0].0.kernels.product[kernel], launch, tile_bytes, most_warps)? };
+            unsafe { self.launch(device, &jobs[0].0.kernels.product[kernel], launch, needs)? };
         }
         Ok(())
     }
@@ -510,9 +513,9 @@ impl EncodedKernels {
         let stream = device.stream();
         let (partials, arrived) = (self.partials.device_ptr(stream).0, self.arrived.device_ptr(stream).0);
         let n_blocks: usize = jobs.iter().map(|(m, ..)| m.n_blocks()).sum();
-        let enough = 2 * (self.n_multiprocessors * most_warps) as usize;
+        let all_warps = (self.n_multiprocessors * most_warps) as usize;
         let sums = BLOCK_ROWS * launch.n_tokens as usize;
-        let mut strip = (n_blocks / enough).max(1);
+        let mut strip = if launch.n_tokens == 1 { n_blocks / (2 * all_warps) } else { n_blocks / all_warps }.max(1);
         let of_row = |m: &EncodedMatrix, strip: usize| (m.description.n_col_blocks as usize).div_ceil(strip);
         while strip < 1 << 12
             && jobs.iter().map(|(m, ..)| m.n_row_blocks() * of_row(m, strip) * sums).sum::<usize>() > PARTIALS
@@ -798,8 +801,10 @@ mod tests {
                     });
                     let (sum, all) = terms.fold((0.0, 0.0), |(s, a), v| (s + v, a + v.abs()));
                     // Patched weights count as what stands in their place, too.
-                    let filler = f64::from(code_value(t.format(), t.params().unwrap().filler(t.format())) * t.scale(row));
-                    let patched = if t.sections().patches.is_empty() { 0.0 } else { filler.abs() * n_cols as f64 * 3.0 };
+                    let filler =
+                        f64::from(code_value(t.format(), t.params().unwrap().filler(t.format())) * t.scale(row));
+                    let patched =
+                        if t.sections().patches.is_empty() { 0.0 } else { filler.abs() * n_cols as f64 * 3.0 };
                     let limit = match t.format() {
                         Format::Int8 => 1e-3 * all,
                         _ => 2f64.powi(-16) * (all + patched),

@@ -12,6 +12,12 @@ const MODEL: &[u8] = include_bytes!("../../cuda/model.fatbin");
 pub(super) const MAX_PRODUCTS: usize = 3;
 /// Threads of a block of [`Matvec`].
 pub(super) const MATVEC_THREADS: u32 = 512;
+/// Bytes of shared memory in which a block of [`Matvec`] has weights, where a block may have `limit`.
+pub(super) fn ring_bytes(limit: u32) -> u32 {
+    let depth = if limit < 128 << 10 { 4 } else { 8 };
+    depth * 16 * MATVEC_THREADS
+}
+
 /// Threads of a block of [`Attend`], and positions that a block takes at a time.
 pub(super) const ATTEND_THREADS: u32 = 128;
 /// Query heads that a block of [`Attend`] takes at most.
@@ -46,6 +52,7 @@ pub(super) struct Normalize {
     pub weight: CUdeviceptr,
     pub out: CUdeviceptr,
     pub narrow: CUdeviceptr,
+    pub rest: CUdeviceptr,
     pub eps: f32,
     pub n_cols: u32,
     pub stride: u32,
