@@ -327,10 +327,6 @@ impl EncodedMatrix {
         self.n_rows().div_ceil(BLOCK_ROWS)
     }
 
-    fn n_blocks(&self) -> usize {
-        self.n_row_blocks() * self.description.n_col_blocks as usize
-    }
-
     fn table_bytes(&self) -> u32 {
         8 << self.description.table_bits
     }
@@ -512,16 +508,15 @@ impl EncodedKernels {
     ) -> Result<()> {
         let stream = device.stream();
         let (partials, arrived) = (self.partials.device_ptr(stream).0, self.arrived.device_ptr(stream).0);
-        let n_blocks: usize = jobs.iter().map(|(m, ..)| m.n_blocks()).sum();
         let all_warps = (self.n_multiprocessors * most_warps) as usize;
         let sums = BLOCK_ROWS * launch.n_tokens as usize;
-        let mut strip = if launch.n_tokens == 1 { n_blocks / (2 * all_warps) } else { n_blocks / all_warps }.max(1);
         let of_row = |m: &EncodedMatrix, strip: usize| (m.description.n_col_blocks as usize).div_ceil(strip);
-        while strip < 1 << 12
-            && jobs.iter().map(|(m, ..)| m.n_row_blocks() * of_row(m, strip) * sums).sum::<usize>() > PARTIALS
-        {
-            strip *= 2;
-        }
+        let n_strips = |strip: usize| jobs.iter().map(|(m, ..)| m.n_row_blocks() * of_row(m, strip)).sum::<usize>();
+        // The slowest warp's blocks, and a third of one's time for the end of each strip.
+        let cost = |strip: usize| n_strips(strip).div_ceil(all_warps) * (3 * strip + 1);
+        let widest = jobs.iter().map(|(m, ..)| m.description.n_col_blocks as usize).max().unwrap_or(1);
+        let strips = (1..=widest).filter(|&strip| n_strips(strip) * sums <= PARTIALS);
+        let strip = strips.min_by_key(|&strip| cost(strip)).unwrap_or(widest);
         let (mut n_sums, mut n_row_blocks) = (0, 0);
         for (task, &(m, bias, out)) in launch.tasks.iter_mut().zip(jobs) {
             let n_strips = of_row(m, strip);
