@@ -23,7 +23,8 @@ const PARTIALS: usize = 8 << 20;
 /// Row blocks that one launch may have.
 const MAX_ROW_BLOCKS: usize = 1 << 16;
 
-/// Parts a symbol and raw bits that have kernels of their own: what the encoder chooses. The others share one that is several times slower.
+/// Parts a symbol and raw bits that have kernels of their own: what the encoder chooses. The others share one that is
+/// several times slower.
 const INSTANCES: &[(Format, u32, u32)] = &[
     (Format::Int8, 4, 2),
     (Format::Int8, 4, 3),
@@ -102,8 +103,8 @@ struct Prepare {
     n_cols: u32,
 }
 
-/// What a kernel needs beside its table: shared memory of each warp besides its window, shared memory of a block, and the warps that its registers
-/// allow.
+/// What a kernel needs beside its table: shared memory of each warp besides its window, shared memory of a block, and the
+/// warps that its registers allow.
 #[derive(Clone, Copy)]
 struct Needs {
     tile_bytes: u32,
@@ -212,7 +213,8 @@ fn has_instance(format: Format, params: &Params) -> bool {
 }
 
 /// The table as the kernels look it up, by slot. Low half: what the shifted state changes by, from the top bit down, and
-/// the bits to read in bits 0 to 4. High half: the parts where the codes have them (`Codec::assemble` in decode.cuh), or the symbol.
+/// the bits to read in bits 0 to 4. High half: the parts where the codes have them (`Codec::assemble` in decode.cuh),
+/// or the symbol.
 fn table_entries(tensor: &EncodedTensor, params: &Params) -> Vec<u64> {
     let &Params { parts_per_symbol: g, table_bits, raw_bits: k, part_bits: w, bias, .. } = params;
     let (format, fixed) = (tensor.format(), has_instance(tensor.format(), params));
@@ -333,7 +335,8 @@ impl EncodedMatrix {
 }
 
 impl EncodedKernels {
-    /// One launch over `tasks`, whose matrices and outputs are set. Gives each a share of the multiprocessors by its number of blocks.
+    /// One launch over `tasks`, whose matrices and outputs are set. Gives each a share of the multiprocessors by its number
+    /// of blocks.
     ///
     /// # Safety
     /// The outputs have the room that the kernel takes.
@@ -350,7 +353,8 @@ impl EncodedKernels {
             return Err(Error::unsupported(
                 "encoded tensor",
                 format!(
-                    "its table and input take {once} bytes of shared memory, the GPU has {} a block; compress the model with --prefer speed",
+                    "its table and input take {once} bytes of shared memory, the GPU has {} a block; compress the model \
+                     with --prefer speed",
                     self.shared_limit
                 ),
             ));
@@ -365,7 +369,8 @@ impl EncodedKernels {
         }
         let shared_bytes = once + n_warps * a_warp;
         let grid = Grid { blocks: (first_cta, 1, 1), threads: 32 * n_warps, shared_bytes };
-        // SAFETY: the structures are the kernels', the pointers those of validated tensors, and the outputs the caller's promise.
+        // SAFETY: the structures are the kernels', the pointers those of validated tensors, the outputs the caller's
+        // promise.
         unsafe { device.launch(kernel, grid, &launch) }
     }
 
