@@ -1,9 +1,11 @@
 //! `codecllm bench`: verifies, then measures everything in one run, the contenders taking turns.
 
+mod cuda;
 mod peers;
 mod workload;
 
-use crate::output::CliResult;
+use crate::model::DeviceName;
+use crate::output::{self, CliResult};
 use bytes::Bytes;
 use codecllm_codec::block::BLOCK_ROWS;
 use codecllm_codec::checkpoint::{Dtype, Tensor};
@@ -72,6 +74,9 @@ pub struct Args {
     /// All matrices of a model of this shape
     #[arg(long, value_enum)]
     model_shape: Option<ModelShape>,
+    /// What is measured: cpu, or cuda for whole models on an NVIDIA GPU (with --model-shape)
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: DeviceName,
     /// The formats to encode in, separated by commas
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(Format), default_value = "bf16,fp8,int8")]
     format: Vec<Format>,
@@ -148,6 +153,16 @@ pub fn run(args: Args) -> CliResult {
     let cpu = args.cpu.unwrap_or_else(Cpu::detect);
     if !(args.seconds > 0.0 && args.rounds > 0) {
         return Err("--seconds and --rounds have to be greater than zero".into());
+    }
+    if let DeviceName::Cuda(index) = args.device {
+        let shape = args.model_shape.ok_or("--device cuda measures whole models; say which with --model-shape")?;
+        let report = cuda::measure(index, shape, &formats, args.seed, args.rounds)?;
+        if args.json {
+            output::print_json(&report)?;
+        } else {
+            cuda::print_table(&report);
+        }
+        return Ok(ExitCode::SUCCESS);
     }
 
     let cache_bytes = (4 * last_level_cache_bytes()).max(256 << 20);

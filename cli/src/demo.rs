@@ -1,13 +1,14 @@
 //! `codecllm demo`: the whole story, on a model that the program carries with it.
 
-use crate::model::MachineArgs;
+use crate::model::{Load, Machine, MachineArgs};
 use crate::output::{self, CliResult, Error};
 use codecllm_codec::archive::{self, CompressOptions, FileRecord, Layers, PROVENANCE_FILE, Provenance, Silent, Status};
 use codecllm_codec::checkpoint::{CONFIG_FILE, Checkpoint, SINGLE_FILE};
 use codecllm_codec::quantize::Codes;
 use codecllm_codec::{Checks, Cpu, EncodeOptions, EncodedTensor, Format};
+use codecllm_engine::backend::Backend;
 use codecllm_engine::evaluate::{DEFAULT_WINDOW, GREEDY_PROMPTS, compare_greedy, text_tokens};
-use codecllm_engine::{GenerateOptions, Generation, LoadOptions, Model, Tokenizer, evaluate, generate};
+use codecllm_engine::{GenerateOptions, Generation, Model, Tokenizer, evaluate, generate};
 use safetensors::tensor::TensorView;
 use serde::Serialize;
 use std::fs;
@@ -86,7 +87,13 @@ struct Row {
 
 /// Runs the command.
 pub fn run(args: Args) -> CliResult {
-    let load = args.machine.apply()?;
+    match args.machine.apply()? {
+        Machine::Cpu(machine) => run_on(&args, &machine),
+        Machine::Cuda(machine) => run_on(&args, &machine),
+    }
+}
+
+fn run_on(args: &Args, machine: &impl Load) -> CliResult {
     output::catch_ctrl_c()?;
     let started = Instant::now();
     let temporary = tempfile::tempdir()?;
@@ -109,7 +116,7 @@ pub fn run(args: Args) -> CliResult {
     ))?;
 
     let tokenizer = Tokenizer::open(&checkpoint)?;
-    let baseline = Contender::load("checkpoint", &checkpoint, &load)?;
+    let baseline = Contender { name: "checkpoint", model: machine.load(&checkpoint)? };
     let mut results = vec![baseline.measure(&baseline, &tokenizer, 16.0, None)?];
     say(&format!("From the BF16 weights:\n  {}\n", quote(&results[0].text)))?;
     for format in FORMATS {
@@ -120,7 +127,7 @@ pub fn run(args: Args) -> CliResult {
         let cpus: Vec<Cpu> = Cpu::available().collect();
         let proof = archive::verify(&archive, Some(&checkpoint), &cpus, &Silent)?;
         let bits_per_weight = 8.0 * summary.archive_bytes as f64 / summary.n_weights as f64;
-        let contender = Contender::load(format.name(), &archive, &load)?;
+        let contender = Contender { name: format.name(), model: machine.load(&archive)? };
         let row = contender.measure(&baseline, &tokenizer, bits_per_weight, Some(proof.status))?;
         let told = match row.text == results[0].text {
             true => "the same text".into(),
@@ -201,16 +208,12 @@ fn is_original(archive: &Path, checkpoint: &Path) -> Result<bool, Error> {
 }
 
 /// A form of the model, loaded.
-struct Contender<'a> {
+struct Contender<'a, B: Backend> {
     name: &'a str,
-    model: Model,
+    model: Model<B>,
 }
 
-impl<'a> Contender<'a> {
-    fn load(name: &'a str, dir: &Path, options: &LoadOptions) -> Result<Self, Error> {
-        Ok(Self { name, model: Model::load(dir, options)? })
-    }
-
+impl<B: Backend> Contender<'_, B> {
     fn measure(
         &self,
         baseline: &Self,

@@ -1,6 +1,6 @@
 //! `codecllm eval`.
 
-use crate::model::{self, MachineArgs};
+use crate::model::{Load, Machine, MachineArgs};
 use crate::output::{self, CliResult};
 use codecllm_engine::evaluate::{
     DEFAULT_GREEDY_TOKENS, DEFAULT_WINDOW, Evaluation, GreedyComparison, compare_greedy, text_tokens,
@@ -81,11 +81,17 @@ struct Greedy {
 
 /// Runs the command.
 pub fn run(args: Args) -> CliResult {
-    let load = args.machine.apply()?;
+    match args.machine.apply()? {
+        Machine::Cpu(machine) => run_on(&args, &machine),
+        Machine::Cuda(machine) => run_on(&args, &machine),
+    }
+}
+
+fn run_on(args: &Args, machine: &impl Load) -> CliResult {
     let text = std::fs::read_to_string(&args.text).map_err(|e| format!("{}: {e}", args.text.display()))?;
-    let (dir, model) = model::open(&args.model, &load)?;
+    let (dir, model) = machine.open(&args.model)?;
     let tokenizer = Tokenizer::open(&dir)?;
-    let baseline = args.baseline.as_ref().map(|name| model::open(name, &load)).transpose()?.map(|(_, model)| model);
+    let baseline = args.baseline.as_ref().map(|name| machine.open(name)).transpose()?.map(|(_, model)| model);
     let mut tokens = text_tokens(&tokenizer, &text)?;
     tokens.truncate(args.tokens.unwrap_or(usize::MAX));
 

@@ -1,6 +1,6 @@
 //! `codecllm run`.
 
-use crate::model::{self, MachineArgs};
+use crate::model::{self, Load, Machine, MachineArgs};
 use crate::output::{self, CliResult, Error, INTERRUPTED};
 use codecllm_engine::{
     ChatTemplate, Finish, GenerateOptions, Generation, Message, SamplingOptions, Tokenizer, generate,
@@ -96,9 +96,15 @@ struct Outcome {
 
 /// Runs the command.
 pub fn run(args: Args) -> CliResult {
-    let load = args.machine.apply()?;
+    match args.machine.apply()? {
+        Machine::Cpu(machine) => run_on(&args, &machine),
+        Machine::Cuda(machine) => run_on(&args, &machine),
+    }
+}
+
+fn run_on(args: &Args, machine: &impl Load) -> CliResult {
     let text = args.read_prompt()?;
-    let (dir, model) = model::open(&args.model, &load)?;
+    let (dir, model) = machine.open(&args.model)?;
     let tokenizer = Tokenizer::open(&dir)?;
     let prompt = match args.chat {
         true => {

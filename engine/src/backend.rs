@@ -25,11 +25,38 @@ pub enum Logits {
 pub struct CacheShape {
     /// Positions that it has room for.
     pub capacity: usize,
+    /// Query heads.
+    pub n_heads: usize,
     /// Key heads, and value heads.
     pub n_kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
 }
+
+/// What a product reads: activations, put through a norm first where there is one.
+pub struct Input<'a, B: Backend> {
+    /// `[n_tokens, n_cols]`
+    pub x: &'a B::Buffer,
+    /// `x[t]` becomes `x[t] / sqrt(mean(x[t]²) + eps) · weight`, weight `[n_cols]`.
+    pub norm: Option<Norm<'a, B>>,
+}
+
+/// The weight of an RMS norm, and what keeps its root from zero.
+pub struct Norm<'a, B: Backend> {
+    /// `[width]`
+    pub weight: &'a B::Vector,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+// Derived, they would ask for `B: Copy`.
+impl<B: Backend> Clone for Norm<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for Norm<'_, B> {}
 
 /// One matrix product of those that share an input.
 pub struct Projection<'a, B: Backend> {
@@ -39,6 +66,22 @@ pub struct Projection<'a, B: Backend> {
     pub bias: Option<&'a B::Vector>,
     /// `[n_tokens, n_rows]`
     pub out: &'a mut B::Buffer,
+    /// Whether the product is added to what `out` holds, rather than taking its place.
+    pub adds: bool,
+}
+
+/// What one layer's attention reads.
+pub struct Attention<'a, B: Backend> {
+    /// `[n_tokens, n_heads · head_dim]`; scratch afterwards.
+    pub q: &'a mut B::Buffer,
+    /// `[n_tokens, n_kv_heads · head_dim]`; scratch afterwards.
+    pub k: &'a mut B::Buffer,
+    /// `[n_tokens, n_kv_heads · head_dim]`
+    pub v: &'a B::Buffer,
+    /// Norms of every query head and of every key head by itself, weights `[head_dim]`.
+    pub head_norms: Option<(Norm<'a, B>, Norm<'a, B>)>,
+    /// With a window, a token sees itself and the `window - 1` positions before it.
+    pub window: Option<usize>,
 }
 
 /// A machine that holds a model and runs its operations.
@@ -57,6 +100,12 @@ pub trait Backend: Send + Sync + Sized {
     type Batch: Send + Sync;
     /// The keys and values of one layer.
     type Cache: Send + Sync;
+    /// The operations of a step of one token, where the backend keeps them.
+    type Recording: Default + Send + Sync;
+
+    /// Tokens of a prompt that pass through the layers together: enough that a weight is read once for many products, few
+    /// enough that the activations suit the machine.
+    const CHUNK: usize;
 
     /// Takes in a weight matrix.
     fn matrix(&self, weight: Weight) -> Result<Self::Matrix>;
@@ -81,61 +130,56 @@ pub trait Backend: Send + Sync + Sized {
     fn begin(&self, batch: &mut Self::Batch, tokens: &[u32], first_position: usize) -> Result<()>;
 
     /// Runs `pass`, which issues the operations of a step.
-    fn run<R: Send>(&self, pass: impl FnOnce() -> R + Send) -> R;
+    ///
+    /// With a recording, the step has one token, and `pass` issues the very operations, on the very buffers, that it did
+    /// when the recording was made; so the backend may replay that instead of calling it.
+    fn run(&self, recording: Option<&mut Self::Recording>, pass: impl FnOnce() -> Result<()> + Send) -> Result<()>;
 
     /// `out[t] = table[token t]`; out `[n_tokens, n_cols]`.
     fn embed(&self, batch: &Self::Batch, table: &Self::Matrix, out: &mut Self::Buffer) -> Result<()>;
 
-    /// `out[t] = x[t] / sqrt(mean(x[t]²) + eps) · weight`; x and out `[n_tokens, width]`, weight `[width]`.
-    fn rms_norm(
+    /// `out[t] = matrix · x[t] + bias` for each of the products.
+    fn project(&self, batch: &Self::Batch, x: Input<'_, Self>, products: &mut [Projection<'_, Self>]) -> Result<()>;
+
+    /// `gate = g · sigmoid(g) · u`, where `g` and `u` are the products of `gate` and `up`; `up` is scratch afterwards.
+    fn project_gated(
         &self,
         batch: &Self::Batch,
-        x: &Self::Buffer,
-        weight: &Self::Vector,
-        eps: f32,
-        out: &mut Self::Buffer,
+        x: Input<'_, Self>,
+        gate: Projection<'_, Self>,
+        up: Projection<'_, Self>,
     ) -> Result<()>;
 
-    /// The same norm for every head by itself, in place; x `[n_tokens, n_heads · head_dim]`, weight `[head_dim]`.
-    fn head_norm(&self, batch: &Self::Batch, x: &mut Self::Buffer, weight: &Self::Vector, eps: f32) -> Result<()>;
-
-    /// `out[t] = matrix · x[t] + bias` for each of the products; x `[n_tokens, n_cols]`.
-    fn project(&self, batch: &Self::Batch, x: &Self::Buffer, products: &mut [Projection<'_, Self>]) -> Result<()>;
-
-    /// Rotates every head by its token's position, in place; x `[n_tokens, n_heads · head_dim]`. Value `i` of a head's
-    /// first half pairs with value `i` of its second.
-    fn rotate(&self, batch: &Self::Batch, x: &mut Self::Buffer) -> Result<()>;
-
-    /// Stores keys and values at the batch's positions; k and v `[n_tokens, n_kv_heads · head_dim]`.
-    fn append(&self, batch: &Self::Batch, k: &Self::Buffer, v: &Self::Buffer, cache: &mut Self::Cache) -> Result<()>;
-
-    /// Causal attention of every query head over the cache, the batch's own positions included, scaled by
-    /// `1 / sqrt(head_dim)`; q and out `[n_tokens, n_heads · head_dim]`. With a window, a token sees itself and the
-    /// `window - 1` positions before it. Consecutive query heads share a key head.
+    /// Normalizes the heads of queries and keys, where they are to be, and rotates them by their token's position (value
+    /// `i` of a head's first half pairs with value `i` of its second). Stores keys and values at the batch's positions.
+    /// Then `out` is the causal attention of every query head over the cache, the batch's own positions included, scaled
+    /// by `1 / sqrt(head_dim)`; out `[n_tokens, n_heads · head_dim]`. Consecutive query heads share a key head.
     fn attend(
         &self,
         batch: &Self::Batch,
-        q: &Self::Buffer,
-        cache: &Self::Cache,
-        window: Option<usize>,
+        heads: Attention<'_, Self>,
+        cache: &mut Self::Cache,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-
-    /// `gate = gate · sigmoid(gate) · up`; both `[n_tokens, width]`.
-    fn silu_mul(&self, batch: &Self::Batch, gate: &mut Self::Buffer, up: &Self::Buffer) -> Result<()>;
-
-    /// `x += y`; both `[n_tokens, width]`.
-    fn add(&self, batch: &Self::Batch, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
 
     /// `out = head · x`, for the batch's last token (out `[1, vocab]`) or for all of them (out `[n_tokens, vocab]`).
     fn logits(
         &self,
         batch: &Self::Batch,
-        x: &Self::Buffer,
+        x: Input<'_, Self>,
         head: &Self::Matrix,
         want: Logits,
         out: &mut Self::Buffer,
     ) -> Result<()>;
+
+    /// Finds the token of the largest logit `[1, vocab]`, the lowest of several; [`likeliest`](Self::likeliest) reads it.
+    fn choose(&self, batch: &Self::Batch, logits: &Self::Buffer) -> Result<()>;
+
+    /// The token that the last [`choose`](Self::choose) found, once the operations before it are done.
+    ///
+    /// # Errors
+    /// A logit was not a number.
+    fn likeliest(&self, batch: &Self::Batch, logits: &Self::Buffer) -> Result<u32>;
 
     /// Copies the first `out.len()` values of a buffer to the host, once the operations before it are done.
     fn read(&self, buffer: &Self::Buffer, out: &mut [f32]) -> Result<()>;

@@ -60,7 +60,7 @@ pub struct Generation {
     pub finish: Finish,
     /// Tokens of the prompt.
     pub n_prompt_tokens: usize,
-    /// Time of the pass over the prompt, which yields the first token.
+    /// Time of the pass over the prompt and of choosing the first token.
     pub prompt_time: Duration,
     /// Time of everything after it.
     pub generate_time: Duration,
@@ -103,7 +103,12 @@ pub fn generate<B: Backend>(
 
     let started = Instant::now();
     let mut cache = model.new_cache(prompt.len() + max_tokens)?;
-    let mut logits = model.forward(prompt, &mut cache, Logits::Last)?;
+    let is_greedy = sampler.is_greedy();
+    let mut next = |tokens: &[u32], history: &[u32]| match is_greedy {
+        true => model.likeliest(tokens, &mut cache),
+        false => sampler.sample(&mut model.forward(tokens, &mut cache, Logits::Last)?, history),
+    };
+    let mut id = next(prompt, prompt)?;
     let prompt_time = started.elapsed();
 
     let started = Instant::now();
@@ -119,11 +124,10 @@ pub fn generate<B: Backend>(
         if history.len() == end {
             break finish_at_max;
         }
-        if let Some(id) = history[prompt.len()..].last() {
-            logits = model.forward(&[*id], &mut cache, Logits::Last)?;
+        if history.len() > prompt.len() {
+            id = next(&[id], &history)?;
             n_steps += 1;
         }
-        let id = sampler.sample(&mut logits, &history)?;
         if is_eos(id) {
             break Finish::EndOfText;
         }

@@ -1,7 +1,7 @@
 //! The model: its weights on a backend, the cache of a sequence, and the forward pass, once for every backend and for
 //! every way to store a matrix.
 
-use crate::backend::{Backend, CacheShape, Logits, Projection};
+use crate::backend::{Attention, Backend, CacheShape, Input, Logits, Norm, Projection};
 use crate::config::Config;
 use crate::cpu::CpuBackend;
 use crate::error::{Error, Result};
@@ -10,10 +10,6 @@ use codecllm_codec::Cpu;
 use codecllm_codec::checkpoint::Checkpoint;
 use codecllm_codec::encoded::Checks;
 use std::path::Path;
-
-/// Tokens of a prompt that pass through the layers together: enough that a weight is read once for many products, few
-/// enough that activations stay in the caches.
-const CHUNK: usize = 128;
 
 /// How a model is loaded and what it runs on.
 #[derive(Debug, Clone)]
@@ -66,7 +62,11 @@ struct Linear<B: Backend> {
 
 impl<B: Backend> Linear<B> {
     fn onto<'a>(&'a self, out: &'a mut B::Buffer) -> Projection<'a, B> {
-        Projection { matrix: &self.matrix, bias: self.bias.as_ref(), out }
+        Projection { matrix: &self.matrix, bias: self.bias.as_ref(), out, adds: false }
+    }
+
+    fn added_to<'a>(&'a self, out: &'a mut B::Buffer) -> Projection<'a, B> {
+        Projection { adds: true, ..self.onto(out) }
     }
 }
 
@@ -74,6 +74,8 @@ impl<B: Backend> Linear<B> {
 pub struct KvCache<B: Backend = CpuBackend> {
     layers: Vec<B::Cache>,
     workspace: Workspace<B>,
+    /// The pass over one token that yields the logits, on this cache and workspace.
+    recording: B::Recording,
     len: usize,
     capacity: usize,
 }
@@ -83,13 +85,11 @@ struct Workspace<B: Backend> {
     batch: B::Batch,
     /// The residual stream, `hidden_size`.
     x: B::Buffer,
-    /// What a block reads of the stream and what it adds to it, `hidden_size`.
-    normed: B::Buffer,
-    delta: B::Buffer,
     q: B::Buffer,
     k: B::Buffer,
     v: B::Buffer,
     attended: B::Buffer,
+    /// `intermediate_size`
     gate: B::Buffer,
     up: B::Buffer,
     /// `logits_rows` rows of `vocab_size`; grows when the logits of all tokens are first asked for.
@@ -138,6 +138,13 @@ impl Model {
 }
 
 impl<B: Backend> Model<B> {
+    /// Loads a checkpoint or an archive in Hugging Face layout onto a backend; `check` says which checksums of encoded
+    /// tensors are compared.
+    pub fn load_on(backend: B, dir: &Path, check: Checks) -> Result<Self> {
+        let config = Config::open(dir)?;
+        Self::on_backend(backend, config, &Loader::new(&Checkpoint::open(dir)?, check))
+    }
+
     /// Builds a model on a backend.
     pub fn on_backend(backend: B, config: Config, loader: &Loader) -> Result<Self> {
         let mut upload = Upload { backend: &backend, loader, bytes: 0 };
@@ -198,16 +205,15 @@ impl<B: Backend> Model<B> {
     pub fn new_cache(&self, capacity: usize) -> Result<KvCache<B>> {
         let config = &self.config;
         let capacity = capacity.clamp(1, config.max_positions);
-        let shape = CacheShape { capacity, n_kv_heads: config.n_kv_heads, head_dim: config.head_dim };
-        let n_tokens = capacity.min(CHUNK);
+        let shape =
+            CacheShape { capacity, n_heads: config.n_heads, n_kv_heads: config.n_kv_heads, head_dim: config.head_dim };
+        let n_tokens = capacity.min(B::CHUNK);
         let buffer = |width| self.backend.buffer(n_tokens, width);
         Ok(KvCache {
             layers: self.layers.iter().map(|_| self.backend.cache(shape)).collect::<Result<_>>()?,
             workspace: Workspace {
                 batch: self.backend.batch(n_tokens, &config.inverse_frequencies())?,
                 x: buffer(config.hidden_size)?,
-                normed: buffer(config.hidden_size)?,
-                delta: buffer(config.hidden_size)?,
                 q: buffer(config.q_width())?,
                 k: buffer(config.kv_width())?,
                 v: buffer(config.kv_width())?,
@@ -217,6 +223,7 @@ impl<B: Backend> Model<B> {
                 logits: self.backend.buffer(1, config.vocab_size)?,
                 logits_rows: 1,
             },
+            recording: B::Recording::default(),
             len: 0,
             capacity,
         })
@@ -235,28 +242,58 @@ impl<B: Backend> Model<B> {
             Logits::Last => 1,
             Logits::All => tokens.len(),
         };
-        if want == Logits::All && cache.workspace.logits_rows < n_rows.min(CHUNK) {
-            cache.workspace.logits_rows = n_rows.min(CHUNK);
+        if want == Logits::All && cache.workspace.logits_rows < n_rows.min(B::CHUNK) {
+            cache.workspace.logits_rows = n_rows.min(B::CHUNK);
             cache.workspace.logits = self.backend.buffer(cache.workspace.logits_rows, vocab_size)?;
+            cache.recording = B::Recording::default();
         }
         let mut logits = vec![0.0; n_rows * vocab_size];
-        let mut position = cache.len;
         let mut unread = logits.as_mut_slice();
-        for chunk in tokens.chunks(CHUNK) {
-            self.backend.begin(&mut cache.workspace.batch, chunk, position)?;
+        self.steps(tokens, cache, want, |workspace, n_rows| {
+            let (now, rest) = std::mem::take(&mut unread).split_at_mut(n_rows * vocab_size);
+            unread = rest;
+            self.backend.read(&workspace.logits, now)
+        })?;
+        Ok(logits)
+    }
+
+    /// Runs `tokens` as [`forward`](Self::forward) does, and returns the likeliest token after them. The logits stay on the
+    /// backend.
+    pub fn likeliest(&self, tokens: &[u32], cache: &mut KvCache<B>) -> Result<u32> {
+        self.check_tokens(tokens, cache)?;
+        let mut token = 0;
+        self.steps(tokens, cache, Logits::Last, |workspace, _| {
+            token = self.backend.likeliest(&workspace.batch, &workspace.logits)?;
+            Ok(())
+        })?;
+        Ok(token)
+    }
+
+    /// Runs `tokens` in chunks. `on_logits` is called after each that yields logits, with their number of rows.
+    fn steps(
+        &self,
+        tokens: &[u32],
+        cache: &mut KvCache<B>,
+        want: Logits,
+        mut on_logits: impl FnMut(&Workspace<B>, usize) -> Result<()>,
+    ) -> Result<()> {
+        let mut position = cache.len;
+        let end = position + tokens.len();
+        let KvCache { layers, workspace, recording, .. } = &mut *cache;
+        for chunk in tokens.chunks(B::CHUNK) {
+            self.backend.begin(&mut workspace.batch, chunk, position)?;
             position += chunk.len();
-            let is_last = position == cache.len + tokens.len();
-            let wanted = (want == Logits::All || is_last).then_some(want);
-            self.backend.run(|| self.pass(cache, wanted))?;
+            // A single token is also the last, so that every pass over one is the same.
+            let want = if chunk.len() == 1 { Logits::Last } else { want };
+            let wanted = (want == Logits::All || position == end).then_some(want);
+            let recording = (chunk.len() == 1).then_some(&mut *recording);
+            self.backend.run(recording, || self.pass(layers, workspace, wanted))?;
             if let Some(want) = wanted {
-                let n_rows = if want == Logits::All { chunk.len() } else { 1 };
-                let (now, rest) = unread.split_at_mut(n_rows * vocab_size);
-                self.backend.read(&cache.workspace.logits, now)?;
-                unread = rest;
+                on_logits(workspace, if want == Logits::All { chunk.len() } else { 1 })?;
             }
         }
         cache.len = position;
-        Ok(logits)
+        Ok(())
     }
 
     fn check_tokens(&self, tokens: &[u32], cache: &KvCache<B>) -> Result<()> {
@@ -280,34 +317,28 @@ impl<B: Backend> Model<B> {
     }
 
     /// The forward pass over the batch that was begun.
-    fn pass(&self, cache: &mut KvCache<B>, want: Option<Logits>) -> Result<()> {
+    fn pass(&self, caches: &mut [B::Cache], workspace: &mut Workspace<B>, want: Option<Logits>) -> Result<()> {
         let b = &self.backend;
-        let eps = self.config.rms_norm_eps;
-        let Workspace { batch, x, normed, delta, q, k, v, attended, gate, up, logits, .. } = &mut cache.workspace;
+        let norm = |weight| Norm { weight, eps: self.config.rms_norm_eps };
+        let Workspace { batch, x, q, k, v, attended, gate, up, logits, .. } = workspace;
         b.embed(batch, &self.embedding, x)?;
-        for (layer, kv) in self.layers.iter().zip(&mut cache.layers) {
-            b.rms_norm(batch, x, &layer.attention_norm, eps, normed)?;
+        for (layer, cache) in self.layers.iter().zip(caches) {
+            let normed = Input { x, norm: Some(norm(&layer.attention_norm)) };
             b.project(batch, normed, &mut [layer.query.onto(q), layer.key.onto(k), layer.value.onto(v)])?;
-            if let Some((query_norm, key_norm)) = &layer.head_norms {
-                b.head_norm(batch, q, query_norm, eps)?;
-                b.head_norm(batch, k, key_norm, eps)?;
-            }
-            b.rotate(batch, q)?;
-            b.rotate(batch, k)?;
-            b.append(batch, k, v, kv)?;
-            b.attend(batch, q, kv, layer.window, attended)?;
-            b.project(batch, attended, &mut [layer.output.onto(delta)])?;
-            b.add(batch, x, delta)?;
+            let head_norms = layer.head_norms.as_ref().map(|(query, key)| (norm(query), norm(key)));
+            b.attend(batch, Attention { q, k, v, head_norms, window: layer.window }, cache, attended)?;
+            b.project(batch, Input { x: attended, norm: None }, &mut [layer.output.added_to(x)])?;
 
-            b.rms_norm(batch, x, &layer.mlp_norm, eps, normed)?;
-            b.project(batch, normed, &mut [layer.gate.onto(gate), layer.up.onto(up)])?;
-            b.silu_mul(batch, gate, up)?;
-            b.project(batch, gate, &mut [layer.down.onto(delta)])?;
-            b.add(batch, x, delta)?;
+            let normed = Input { x, norm: Some(norm(&layer.mlp_norm)) };
+            b.project_gated(batch, normed, layer.gate.onto(gate), layer.up.onto(up))?;
+            b.project(batch, Input { x: gate, norm: None }, &mut [layer.down.added_to(x)])?;
         }
         if let Some(want) = want {
-            b.rms_norm(batch, x, &self.norm, eps, normed)?;
+            let normed = Input { x, norm: Some(norm(&self.norm)) };
             b.logits(batch, normed, self.head.as_ref().unwrap_or(&self.embedding), want, logits)?;
+            if want == Logits::Last {
+                b.choose(batch, logits)?;
+            }
         }
         Ok(())
     }
@@ -350,6 +381,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use std::collections::HashMap;
 
+    const CHUNK: usize = CpuBackend::CHUNK;
     const CONFIG: &str = r#"{
         "architectures": ["Qwen3ForCausalLM"], "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 300,

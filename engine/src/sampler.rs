@@ -64,12 +64,7 @@ impl Sampler {
     ///
     /// The steps, in this order: repetition penalty, temperature, top-k, top-p, min-p, draw.
     pub fn sample(&mut self, logits: &mut [f32], history: &[u32]) -> Result<u32> {
-        if let Some(id) = logits.iter().position(|logit| logit.is_nan()) {
-            return Err(Error::weights(
-                "logits",
-                format!("the logit of token {id} is not a number; the weights or the arithmetic are broken"),
-            ));
-        }
+        check_numbers(logits)?;
         self.penalize(logits, history);
         let best = argmax(logits)?;
         let SamplingOptions { temperature, top_k, top_p, min_p, .. } = self.options;
@@ -112,6 +107,11 @@ impl Sampler {
         Ok(drawn.map_or(best, |c| c.0))
     }
 
+    /// Whether the likeliest token is taken each time, whatever the history.
+    pub fn is_greedy(&self) -> bool {
+        self.options.temperature == 0.0 && self.options.repetition_penalty == 1.0
+    }
+
     fn penalize(&mut self, logits: &mut [f32], history: &[u32]) {
         let penalty = self.options.repetition_penalty;
         if penalty == 1.0 {
@@ -126,6 +126,27 @@ impl Sampler {
             }
         }
     }
+}
+
+/// The token of the largest logit, the lowest of several; all have to be numbers.
+pub(crate) fn likeliest(logits: &[f32]) -> Result<u32> {
+    check_numbers(logits)?;
+    argmax(logits)
+}
+
+fn check_numbers(logits: &[f32]) -> Result<()> {
+    match logits.iter().position(|logit| logit.is_nan()) {
+        Some(id) => Err(not_a_number(id as u32)),
+        None => Ok(()),
+    }
+}
+
+/// The error of a NaN among the logits.
+pub(crate) fn not_a_number(id: u32) -> Error {
+    Error::weights(
+        "logits",
+        format!("the logit of token {id} is not a number; the weights or the arithmetic are broken"),
+    )
 }
 
 /// The token of the largest logit, the lowest of several.

@@ -2,9 +2,10 @@
 
 use bytes::Bytes;
 use codecllm_codec::Cpu;
+use codecllm_codec::Format;
 use codecllm_codec::checkpoint::{Checkpoint, Dtype, Tensor};
-use codecllm_codec::encoded::{Checks, EncodedTensor};
-use codecllm_engine::Config;
+use codecllm_codec::encoded::{Checks, EncodeOptions, EncodedTensor, encode_tensor};
+use codecllm_engine::{Config, TensorSource};
 use half::bf16;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -32,6 +33,14 @@ pub enum ModelShape {
 }
 
 impl ModelShape {
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::TinyLlama => "tinyllama-1.1b",
+            Self::Llama3 => "llama-3-8b",
+        }
+    }
+
     fn config(self) -> Result<Config> {
         let json = match self {
             Self::TinyLlama => {
@@ -262,6 +271,76 @@ fn layer_matrices(config: &Config, i: usize) -> Vec<(String, usize, usize)> {
     ]
     .map(|(name, rows, cols)| (format!("model.layers.{i}.{name}.weight"), rows, cols))
     .into()
+}
+
+/// A whole model, drawn from a seed, as the engine loads it. Of its layers so many are drawn as time allows; they stand for
+/// the others in turn, which get memory of their own when they are loaded.
+pub struct DrawnModel {
+    pub config: Config,
+    tensors: HashMap<String, Tensor>,
+    n_drawn_layers: usize,
+    n_drawn_weights: usize,
+}
+
+impl DrawnModel {
+    /// Draws a model of this shape.
+    pub fn new(shape: ModelShape, seed: u64) -> Result<Self> {
+        let config = shape.config()?;
+        let weights = Weights::new(seed);
+        let layer_weights: usize = layer_matrices(&config, 0).iter().map(|(_, rows, cols)| rows * cols).sum();
+        let n_drawn_layers = (MAX_DRAWN_WEIGHTS / layer_weights).clamp(1, config.n_layers);
+        let mut tensors = norms(&config);
+        let n_drawn_weights = n_drawn_layers * layer_weights + config.vocab_size * config.hidden_size;
+        let head = ("lm_head.weight".to_string(), config.vocab_size, config.hidden_size);
+        let layers = (0..n_drawn_layers).flat_map(|i| layer_matrices(&config, i));
+        for (index, (name, n_rows, n_cols)) in (0..).zip(layers.chain([head])) {
+            let data = weights.draw(index, n_rows, n_cols);
+            tensors.insert(name.clone(), tensor(&name, vec![n_rows, n_cols], data));
+        }
+        Ok(Self { config, tensors, n_drawn_layers, n_drawn_weights })
+    }
+
+    /// The same with its matrices encoded.
+    pub fn encode(&self, format: Format) -> Result<Self> {
+        let options = EncodeOptions { format, ..EncodeOptions::default() };
+        let encode = |(name, tensor): (&String, &Tensor)| -> Result<(String, Tensor)> {
+            if tensor.shape.len() != 2 {
+                return Ok((name.clone(), tensor.clone()));
+            }
+            let data = Bytes::from(encode_tensor(tensor, &options).map_err(|e| e.in_tensor(name))?);
+            Ok((name.clone(), Tensor { dtype: Dtype::U8, shape: vec![data.len()], data, ..tensor.clone() }))
+        };
+        let tensors = self.tensors.iter().map(encode).collect::<Result<_>>()?;
+        Ok(Self { config: self.config.clone(), tensors, ..*self })
+    }
+
+    /// Bits of a matrix's weight, everything counted.
+    pub fn bits_per_weight(&self) -> f64 {
+        let matrices = self.tensors.values().filter(|t| !t.name.ends_with("norm.weight"));
+        8.0 * matrices.map(|t| t.data.len()).sum::<usize>() as f64 / self.n_drawn_weights as f64
+    }
+
+    /// The share of the weights that a token's pass reads: all but the embedding.
+    pub fn share_read(&self) -> f64 {
+        let config = &self.config;
+        let layer: usize = layer_matrices(config, 0).iter().map(|(_, rows, cols)| rows * cols).sum();
+        let head = config.vocab_size * config.hidden_size;
+        let read = (config.n_layers * layer + head) as f64;
+        read / (read + head as f64)
+    }
+}
+
+impl TensorSource for DrawnModel {
+    fn tensor(&self, name: &str) -> codecllm_engine::Result<Option<Tensor>> {
+        if name == "model.embed_tokens.weight" {
+            return self.tensor("lm_head.weight");
+        }
+        let drawn = name.strip_prefix("model.layers.").and_then(|rest| {
+            let (layer, rest) = rest.split_once('.')?;
+            Some(format!("model.layers.{}.{rest}", layer.parse::<usize>().ok()? % self.n_drawn_layers))
+        });
+        Ok(self.tensors.get(drawn.as_deref().unwrap_or(name)).cloned())
+    }
 }
 
 /// The norms of a drawn model: all ones.

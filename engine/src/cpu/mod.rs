@@ -8,8 +8,9 @@ mod dense;
 mod elementwise;
 mod simd;
 
-use crate::backend::{Backend, CacheShape, Logits, Projection};
+use crate::backend::{Attention, Backend, CacheShape, Input, Logits, Norm, Projection};
 use crate::error::{Error, Result};
+use crate::sampler;
 use crate::weights::{DenseType, Weight};
 use attention::Cache;
 use bytes::Bytes;
@@ -20,6 +21,7 @@ use dense::{Bf16, DenseProduct, Element, F16, F32};
 use elementwise::{RmsNorm, SiluMul, rotate};
 use rayon::prelude::*;
 use simd::Level;
+use std::borrow::Cow;
 use std::ops::Range;
 
 #[cfg(target_endian = "big")]
@@ -62,40 +64,35 @@ impl CpuBackend {
     }
 
     /// Runs the products of one input, `[n_tokens, n_cols]`, as one parallel region.
-    fn products<'a>(
-        &self,
-        x: &[f32],
-        n_cols: usize,
-        products: impl Iterator<Item = (&'a Matrix, Option<&'a [f32]>, &'a mut [f32])>,
-    ) -> Result<()> {
+    fn products<'a>(&self, x: &[f32], n_cols: usize, products: impl Iterator<Item = Product<'a>>) -> Result<()> {
         let n_tokens = x.len() / n_cols;
         let products: Vec<_> = products.collect();
-        let has_encoded = products.iter().any(|(matrix, ..)| matches!(matrix, Matrix::Encoded(_)));
+        let has_encoded = products.iter().any(|p| matches!(p.matrix, Matrix::Encoded(_)));
         let operand = has_encoded.then(|| Operand::new(x, n_cols));
         let rows_per_task = match n_tokens {
             1 => {
-                let n_rows: usize = products.iter().map(|(matrix, ..)| matrix.n_rows()).sum();
+                let n_rows: usize = products.iter().map(|p| p.matrix.n_rows()).sum();
                 n_rows.div_ceil(self.threads() * TASKS_PER_THREAD).next_multiple_of(ROW_GROUP)
             }
             _ => ROWS_PER_TASK,
         };
         let mut tasks = Vec::new();
-        for (matrix, bias, out) in products {
+        for Product { matrix, bias, out, adds } in products {
             assert!(matrix.n_cols() == n_cols, "a product's input has the matrix's width");
             for (first, out) in (0..).step_by(rows_per_task).zip(split_columns(out, matrix.n_rows(), rows_per_task)) {
-                tasks.push((matrix, bias, first, out));
+                tasks.push((matrix, bias, adds, first, out));
             }
         }
-        tasks.into_par_iter().with_max_len(1).try_for_each(|(matrix, bias, first, mut out)| {
+        tasks.into_par_iter().with_max_len(1).try_for_each(|(matrix, bias, adds, first, mut out)| {
             let rows = first..first + out[0].len();
-            if let [y] = out.as_mut_slice() {
+            if let ([y], false) = (out.as_mut_slice(), adds) {
                 matrix.product(self.level, x, operand.as_ref(), rows.clone(), y)?;
             } else {
                 let mut y = vec![0.0; rows.len() * n_tokens];
                 matrix.product(self.level, x, operand.as_ref(), rows.clone(), &mut y)?;
                 for (t, out) in out.iter_mut().enumerate() {
                     for (out, y) in out.iter_mut().zip(y[t..].iter().step_by(n_tokens)) {
-                        *out = *y;
+                        *out = if adds { *out + y } else { *y };
                     }
                 }
             }
@@ -107,6 +104,14 @@ impl CpuBackend {
             Ok(())
         })
     }
+}
+
+/// One of the products of an input: its rows of `out` are those of the tokens.
+struct Product<'a> {
+    matrix: &'a Matrix,
+    bias: Option<&'a [f32]>,
+    out: &'a mut [f32],
+    adds: bool,
 }
 
 /// A weight matrix, plain or encoded.
@@ -254,12 +259,77 @@ fn for_each_row<F: Fn(usize, &mut [f32]) + Sync>(buffer: &mut Buffer, n_tokens: 
     }
 }
 
+/// The parts of the operations.
+impl CpuBackend {
+    fn head_norm(&self, batch: &Batch, x: &mut Buffer, norm: Norm<'_, Self>) {
+        let Norm { weight, eps } = norm;
+        for_each_row(x, batch.len(), |_, x| self.level.run(RmsNorm { x, weight, eps }));
+    }
+
+    /// The first `n_tokens` rows of an input from row `first` on, normalized where they are to be.
+    fn normalized<'a>(&self, x: &Input<'a, Self>, rows: Range<usize>) -> Cow<'a, [f32]> {
+        let width = x.x.width;
+        let data = &x.x.data[rows.start * width..rows.end * width];
+        let Some(Norm { weight, eps }) = x.norm else { return data.into() };
+        let mut data = data.to_vec();
+        data.par_chunks_exact_mut(width).for_each(|x| self.level.run(RmsNorm { x, weight, eps }));
+        data.into()
+    }
+
+    fn rotate(&self, batch: &Batch, x: &mut Buffer) {
+        let pairs = batch.inverse_frequencies.len();
+        for_each_row(x, batch.len(), |t, x| {
+            rotate(x, &batch.cos[t * pairs..][..pairs], &batch.sin[t * pairs..][..pairs]);
+        });
+    }
+
+    fn append(&self, batch: &Batch, k: &Buffer, v: &Buffer, cache: &mut Cache) {
+        let rows = k.rows(batch.len()).chunks_exact(k.width).zip(v.rows(batch.len()).chunks_exact(v.width));
+        for (t, (k, v)) in rows.enumerate() {
+            cache.store(batch.position + t, k, v);
+        }
+    }
+
+    fn attention(&self, batch: &Batch, q: &Buffer, cache: &Cache, window: Option<usize>, out: &mut Buffer) {
+        let CacheShape { n_kv_heads, head_dim, .. } = cache.shape();
+        let width = q.width;
+        let group_width = width / n_kv_heads;
+        let tokens_per_task = QUERIES_PER_TASK.div_ceil(group_width / head_dim);
+        let mut tasks = Vec::new();
+        let tiles = out.rows_mut(batch.len()).chunks_mut(tokens_per_task * width);
+        for (first, tile) in (0..).step_by(tokens_per_task).zip(tiles) {
+            tasks.extend(
+                split_columns(tile, width, group_width).into_iter().enumerate().map(|(h, out)| (first, h, out)),
+            );
+        }
+        tasks.into_par_iter().with_max_len(1).for_each(|(first, head, out)| {
+            let queries = q.data[first * width..].chunks_exact(width).take(out.len());
+            let queries = queries.map(|row| &row[head * group_width..][..group_width]);
+            let attended = self.level.run(cache.attention(head, queries, batch.position + first, window));
+            let stride = head_dim.next_multiple_of(32);
+            let heads = out.into_iter().flat_map(|row| row.chunks_exact_mut(head_dim));
+            for (out, attended) in heads.zip(attended.chunks_exact(stride)) {
+                out.copy_from_slice(&attended[..head_dim]);
+            }
+        });
+    }
+
+    fn silu_mul(&self, batch: &Batch, gate: &mut Buffer, up: &Buffer) {
+        for_each_row(gate, batch.len(), |t, gate| {
+            self.level.run(SiluMul { gate, up: &up.data[t * up.width..][..up.width] });
+        });
+    }
+}
+
 impl Backend for CpuBackend {
     type Matrix = Matrix;
     type Vector = Vec<f32>;
     type Buffer = Buffer;
     type Batch = Batch;
     type Cache = Cache;
+    type Recording = ();
+
+    const CHUNK: usize = 128;
 
     fn matrix(&self, weight: Weight) -> Result<Matrix> {
         Ok(match weight {
@@ -316,7 +386,7 @@ impl Backend for CpuBackend {
     }
 
     /// Enters the thread pool.
-    fn run<R: Send>(&self, pass: impl FnOnce() -> R + Send) -> R {
+    fn run(&self, _: Option<&mut ()>, pass: impl FnOnce() -> Result<()> + Send) -> Result<()> {
         self.pool.install(pass)
     }
 
@@ -326,87 +396,61 @@ impl Backend for CpuBackend {
         rows.zip(&batch.tokens).try_for_each(|(out, token)| table.row(self.cpu(), *token as usize, out))
     }
 
-    fn rms_norm(&self, batch: &Batch, x: &Buffer, weight: &Vec<f32>, eps: f32, out: &mut Buffer) -> Result<()> {
-        for_each_row(out, batch.len(), |t, out| {
-            out.copy_from_slice(&x.data[t * x.width..][..x.width]);
-            self.level.run(RmsNorm { x: out, weight, eps });
-        });
-        Ok(())
-    }
-
-    fn head_norm(&self, batch: &Batch, x: &mut Buffer, weight: &Vec<f32>, eps: f32) -> Result<()> {
-        for_each_row(x, batch.len(), |_, x| self.level.run(RmsNorm { x, weight, eps }));
-        Ok(())
-    }
-
-    fn project(&self, batch: &Batch, x: &Buffer, products: &mut [Projection<'_, Self>]) -> Result<()> {
+    fn project(&self, batch: &Batch, x: Input<'_, Self>, products: &mut [Projection<'_, Self>]) -> Result<()> {
         let n_tokens = batch.len();
-        let products = products.iter_mut().map(|p| (p.matrix, p.bias.map(Vec::as_slice), p.out.rows_mut(n_tokens)));
-        self.products(x.rows(n_tokens), x.width, products)
-    }
-
-    fn rotate(&self, batch: &Batch, x: &mut Buffer) -> Result<()> {
-        let pairs = batch.inverse_frequencies.len();
-        for_each_row(x, batch.len(), |t, x| {
-            rotate(x, &batch.cos[t * pairs..][..pairs], &batch.sin[t * pairs..][..pairs]);
+        let products = products.iter_mut().map(|p| Product {
+            matrix: p.matrix,
+            bias: p.bias.map(Vec::as_slice),
+            out: p.out.rows_mut(n_tokens),
+            adds: p.adds,
         });
+        self.products(&self.normalized(&x, 0..n_tokens), x.x.width, products)
+    }
+
+    fn project_gated(
+        &self,
+        batch: &Batch,
+        x: Input<'_, Self>,
+        gate: Projection<'_, Self>,
+        up: Projection<'_, Self>,
+    ) -> Result<()> {
+        let mut products = [gate, up];
+        self.project(batch, x, &mut products)?;
+        let [gate, up] = products;
+        self.silu_mul(batch, gate.out, up.out);
         Ok(())
     }
 
-    fn append(&self, batch: &Batch, k: &Buffer, v: &Buffer, cache: &mut Cache) -> Result<()> {
-        let rows = k.rows(batch.len()).chunks_exact(k.width).zip(v.rows(batch.len()).chunks_exact(v.width));
-        for (t, (k, v)) in rows.enumerate() {
-            cache.store(batch.position + t, k, v);
+    fn attend(&self, batch: &Batch, heads: Attention<'_, Self>, cache: &mut Cache, out: &mut Buffer) -> Result<()> {
+        let Attention { q, k, v, head_norms, window } = heads;
+        if let Some((query_norm, key_norm)) = head_norms {
+            self.head_norm(batch, q, query_norm);
+            self.head_norm(batch, k, key_norm);
         }
+        self.rotate(batch, q);
+        self.rotate(batch, k);
+        self.append(batch, k, v, cache);
+        self.attention(batch, q, cache, window, out);
         Ok(())
     }
 
-    fn attend(&self, batch: &Batch, q: &Buffer, cache: &Cache, window: Option<usize>, out: &mut Buffer) -> Result<()> {
-        let CacheShape { n_kv_heads, head_dim, .. } = cache.shape();
-        let width = q.width;
-        let group_width = width / n_kv_heads;
-        let tokens_per_task = QUERIES_PER_TASK.div_ceil(group_width / head_dim);
-        let mut tasks = Vec::new();
-        let tiles = out.rows_mut(batch.len()).chunks_mut(tokens_per_task * width);
-        for (first, tile) in (0..).step_by(tokens_per_task).zip(tiles) {
-            tasks.extend(
-                split_columns(tile, width, group_width).into_iter().enumerate().map(|(h, out)| (first, h, out)),
-            );
-        }
-        tasks.into_par_iter().with_max_len(1).for_each(|(first, head, out)| {
-            let queries = q.data[first * width..].chunks_exact(width).take(out.len());
-            let queries = queries.map(|row| &row[head * group_width..][..group_width]);
-            let attended = self.level.run(cache.attention(head, queries, batch.position + first, window));
-            let stride = head_dim.next_multiple_of(32);
-            let heads = out.into_iter().flat_map(|row| row.chunks_exact_mut(head_dim));
-            for (out, attended) in heads.zip(attended.chunks_exact(stride)) {
-                out.copy_from_slice(&attended[..head_dim]);
-            }
-        });
-        Ok(())
-    }
-
-    fn silu_mul(&self, batch: &Batch, gate: &mut Buffer, up: &Buffer) -> Result<()> {
-        for_each_row(gate, batch.len(), |t, gate| {
-            self.level.run(SiluMul { gate, up: &up.data[t * up.width..][..up.width] });
-        });
-        Ok(())
-    }
-
-    fn add(&self, batch: &Batch, x: &mut Buffer, y: &Buffer) -> Result<()> {
-        for (x, y) in x.rows_mut(batch.len()).iter_mut().zip(y.rows(batch.len())) {
-            *x += y;
-        }
-        Ok(())
-    }
-
-    fn logits(&self, batch: &Batch, x: &Buffer, head: &Matrix, want: Logits, out: &mut Buffer) -> Result<()> {
+    fn logits(&self, batch: &Batch, x: Input<'_, Self>, head: &Matrix, want: Logits, out: &mut Buffer) -> Result<()> {
         let first = match want {
             Logits::Last => batch.len() - 1,
             Logits::All => 0,
         };
-        let x_rows = &x.rows(batch.len())[first * x.width..];
-        self.products(x_rows, x.width, std::iter::once((head, None, out.rows_mut(batch.len() - first))))
+        let out = out.rows_mut(batch.len() - first);
+        let product = Product { matrix: head, bias: None, out, adds: false };
+        self.products(&self.normalized(&x, first..batch.len()), x.x.width, std::iter::once(product))
+    }
+
+    /// The choice is made when it is asked for.
+    fn choose(&self, _: &Batch, _: &Buffer) -> Result<()> {
+        Ok(())
+    }
+
+    fn likeliest(&self, _: &Batch, logits: &Buffer) -> Result<u32> {
+        sampler::likeliest(logits.rows(1))
     }
 
     fn read(&self, buffer: &Buffer, out: &mut [f32]) -> Result<()> {
@@ -445,6 +489,10 @@ mod tests {
         Buffer { width, data }
     }
 
+    fn input(x: &Buffer) -> Input<'_, CpuBackend> {
+        Input { x, norm: None }
+    }
+
     fn batch(backend: &CpuBackend, n_tokens: usize, position: usize) -> Batch {
         let mut batch = backend.batch(n_tokens, &[1.0, 0.25]).unwrap();
         backend.begin(&mut batch, &vec![0; n_tokens], position).unwrap();
@@ -481,14 +529,14 @@ mod tests {
                 let dense = Matrix::Dense { element: DenseType::Bf16, n_rows, n_cols, data: plain.clone() };
                 for n_tokens in [1, 2, 7] {
                     let x = buffer(n_cols, random(n_tokens * n_cols, 3));
-                    let mut outs = [(); 2].map(|()| buffer(n_rows, vec![f32::NAN; n_tokens * n_rows]));
+                    let mut outs = [f32::NAN, 0.0].map(|before| buffer(n_rows, vec![before; n_tokens * n_rows]));
                     let [out_dense, out_encoded] = &mut outs;
                     let mut products = [
-                        Projection { matrix: &dense, bias: Some(&bias), out: out_dense },
-                        Projection { matrix: &encoded, bias: Some(&bias), out: out_encoded },
+                        Projection { matrix: &dense, bias: Some(&bias), out: out_dense, adds: false },
+                        Projection { matrix: &encoded, bias: Some(&bias), out: out_encoded, adds: true },
                     ];
                     let batch = batch(&backend, n_tokens, 0);
-                    backend.run(|| backend.project(&batch, &x, &mut products)).unwrap();
+                    backend.run(None, || backend.project(&batch, input(&x), &mut products)).unwrap();
                     let expected = naive_product(&values, n_cols, &x.data, &bias);
                     for out in outs {
                         assert_close(&out.data, &expected, 1e-6);
@@ -511,7 +559,7 @@ mod tests {
             let dense = Matrix::Dense { element: DenseType::Bf16, n_rows: 50, n_cols: 40, data: data.clone() };
             for table in [dense, Matrix::Encoded(encoded)] {
                 let mut out = buffer(40, vec![f32::NAN; 120]);
-                backend.run(|| backend.embed(&batch, &table, &mut out)).unwrap();
+                backend.run(None, || backend.embed(&batch, &table, &mut out)).unwrap();
                 let expected = [&values[49 * 40..], &values[..40], &values[33 * 40..34 * 40]].concat();
                 assert_eq!(out.data, expected);
             }
@@ -528,20 +576,19 @@ mod tests {
         let expected = naive_product(&values, 16, &x.data, &[0.0; 37]);
         for (want, expected) in [(Logits::All, &expected[..]), (Logits::Last, &expected[4 * 37..])] {
             let mut out = buffer(37, vec![f32::NAN; expected.len()]);
-            backend.run(|| backend.logits(&batch, &x, &head, want, &mut out)).unwrap();
+            backend.run(None, || backend.logits(&batch, input(&x), &head, want, &mut out)).unwrap();
             assert_close(&out.data, expected, 1e-6);
         }
     }
 
     #[test]
-    fn norms_rotation_gating_and_addition() {
+    fn norms_rotation_and_gating() {
         for cpu in Cpu::available() {
             let backend = CpuBackend::new(cpu, 2).unwrap();
             // Two heads of four; widths that are no multiple of a vector.
             let (n_tokens, width, eps) = (3, 8, 1e-3);
             let batch = batch(&backend, n_tokens, 7);
             let x = buffer(width, random(n_tokens * width, 7));
-            let y = buffer(width, random(n_tokens * width, 8));
             let norm = |x: &[f32], weight: &[f32]| -> Vec<f64> {
                 let mean = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / x.len() as f64;
                 x.iter()
@@ -550,20 +597,19 @@ mod tests {
                     .collect()
             };
 
-            let weight = random(width, 9);
-            let mut out = buffer(width, vec![f32::NAN; n_tokens * width]);
-            backend.run(|| backend.rms_norm(&batch, &x, &weight, eps, &mut out)).unwrap();
-            let expected: Vec<f64> = x.data.chunks(width).flat_map(|x| norm(x, &weight)).collect();
+            let weight = &random(width, 9);
+            let out = backend.normalized(&Input { x: &x, norm: Some(Norm { weight, eps }) }, 0..n_tokens);
+            let expected: Vec<f64> = x.data.chunks(width).flat_map(|x| norm(x, weight)).collect();
+            assert_close(&out, &expected, 1e-6);
+
+            let weight = &random(4, 10);
+            let mut out = buffer(width, x.data.clone());
+            backend.head_norm(&batch, &mut out, Norm { weight, eps });
+            let expected: Vec<f64> = x.data.chunks(4).flat_map(|x| norm(x, weight)).collect();
             assert_close(&out.data, &expected, 1e-6);
 
-            let weight = random(4, 10);
             let mut out = buffer(width, x.data.clone());
-            backend.run(|| backend.head_norm(&batch, &mut out, &weight, eps)).unwrap();
-            let expected: Vec<f64> = x.data.chunks(4).flat_map(|x| norm(x, &weight)).collect();
-            assert_close(&out.data, &expected, 1e-6);
-
-            let mut out = buffer(width, x.data.clone());
-            backend.run(|| backend.rotate(&batch, &mut out)).unwrap();
+            backend.rotate(&batch, &mut out);
             let expected: Vec<f64> = (0..n_tokens * width)
                 .map(|i| {
                     let (head, pair) = (i / 4 * 4, i % 2);
@@ -580,13 +626,9 @@ mod tests {
                 let silu = |x: f64| x / (1.0 + (-x).exp());
                 let pairs = gate.data.iter().zip(&up.data);
                 let expected: Vec<f64> = pairs.map(|(g, u)| silu(f64::from(*g)) * f64::from(*u)).collect();
-                backend.run(|| backend.silu_mul(&batch, &mut gate, &up)).unwrap();
+                backend.silu_mul(&batch, &mut gate, &up);
                 assert_close(&gate.data, &expected, 1e-6);
             }
-
-            let mut out = buffer(width, x.data.clone());
-            backend.run(|| backend.add(&batch, &mut out, &y)).unwrap();
-            assert!(out.data.iter().zip(x.data.iter().zip(&y.data)).all(|(out, (x, y))| *out == x + y));
         }
     }
 
@@ -608,7 +650,8 @@ mod tests {
                 let (kv_width, q_width) = (n_kv_heads * head_dim, n_heads * head_dim);
                 let (k, v) = (random(n_positions * kv_width, 13), random(n_positions * kv_width, 14));
                 let q: Vec<f32> = random(n_positions * q_width, 15).iter().map(|q| q * 5.0).collect();
-                let mut cache = backend.cache(CacheShape { capacity: n_positions, n_kv_heads, head_dim }).unwrap();
+                let mut cache =
+                    backend.cache(CacheShape { capacity: n_positions, n_heads, n_kv_heads, head_dim }).unwrap();
                 let mut found = Vec::new();
                 for first in (0..n_positions).step_by(chunk) {
                     let tokens = first..n_positions.min(first + chunk);
@@ -616,12 +659,8 @@ mod tests {
                         |x: &[f32], width: usize| buffer(width, x[tokens.start * width..tokens.end * width].to_vec());
                     let batch = batch(&backend, tokens.len(), first);
                     let mut out = buffer(q_width, vec![f32::NAN; tokens.len() * q_width]);
-                    backend
-                        .run(|| {
-                            backend.append(&batch, &part(&k, kv_width), &part(&v, kv_width), &mut cache)?;
-                            backend.attend(&batch, &part(&q, q_width), &cache, window, &mut out)
-                        })
-                        .unwrap();
+                    backend.append(&batch, &part(&k, kv_width), &part(&v, kv_width), &mut cache);
+                    backend.attention(&batch, &part(&q, q_width), &cache, window, &mut out);
                     found.extend(out.data);
                 }
                 let mut expected = Vec::new();

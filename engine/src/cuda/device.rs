@@ -19,6 +19,7 @@ pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     n_multiprocessors: u32,
+    shared_bytes: u32,
     capability: (i32, i32),
 }
 
@@ -80,7 +81,12 @@ impl Device {
         let n_multiprocessors = context
             .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(failed("counting multiprocessors"))? as u32;
-        Ok(Self { index, context, stream, n_multiprocessors, capability })
+        // The kernels have some bytes of their own beside what a launch asks for.
+        let shared_bytes = context
+            .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+            .map_err(failed("asking for the shared memory"))? as u32
+            - (1 << 10);
+        Ok(Self { index, context, stream, n_multiprocessors, shared_bytes, capability })
     }
 
     /// The GPU's number.
@@ -126,6 +132,11 @@ impl Device {
 
     pub(super) fn n_multiprocessors(&self) -> u32 {
         self.n_multiprocessors
+    }
+
+    /// Shared memory that a launch may ask for, in bytes.
+    pub(super) fn shared_bytes(&self) -> u32 {
+        self.shared_bytes
     }
 
     /// Loads kernels that are compiled into this program.

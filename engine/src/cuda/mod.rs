@@ -3,7 +3,12 @@
 //! Nothing of CUDA is needed to build it or to start the program: the driver is looked for when a [`Device`] is opened.
 //! The kernels (`engine/cuda/*.cu`) are compiled ahead, for every GPU from Ampere on, by `scripts/build-kernels.sh`.
 
+mod backend;
+mod blas;
 mod device;
 mod encoded;
+mod host;
+mod ops;
 
+pub use backend::{Batch, Buffer, Cache, CudaBackend, Matrix, Recording, Vector};
 pub use device::Device;

@@ -1,0 +1,503 @@
+// The operations of a forward pass other than products of encoded matrices. Each kernel takes one structure, which
+// engine/src/cuda/ops.rs declares alike. Activations are f32 `[n_tokens, width]`, weights BF16, sums f32.
+#include "common.cuh"
+
+// ---- A step's tokens -------------------------------------------------------------------------------------------------
+
+struct BeginStep {
+    const uint32_t* step_host;  // [1 + n_tokens]: the first position, then tokens; in the host's memory
+    uint32_t* position;
+    uint32_t* tokens;           // [n_tokens]
+    uint32_t n_tokens;
+};
+
+extern "C" __global__ void begin_step(const __grid_constant__ BeginStep p) {
+    wait_for_previous();
+    start_next();
+    if (threadIdx.x == 0) *p.position = p.step_host[0];
+    for (uint32_t i = threadIdx.x; i < p.n_tokens; i += blockDim.x) p.tokens[i] = p.step_host[1 + i];
+}
+
+struct EmbedDense {
+    const uint32_t* tokens;
+    const __nv_bfloat16* table;  // [vocab, stride]
+    float* out;                  // [n_tokens, n_cols]
+    uint32_t n_cols, stride;
+};
+
+extern "C" __global__ void embed_dense(const __grid_constant__ EmbedDense p) {
+    wait_for_previous();
+    start_next();
+    const __nv_bfloat16* row = p.table + size_t(p.tokens[blockIdx.x]) * p.stride;
+    for (uint32_t i = threadIdx.x; i < p.n_cols; i += blockDim.x)
+        p.out[size_t(blockIdx.x) * p.n_cols + i] = __bfloat162float(row[i]);
+}
+
+// ---- Norms and products ----------------------------------------------------------------------------------------------
+
+struct Normalize {
+    const float* x;       // [n_tokens, n_cols]
+    const float* weight;  // [n_cols], or null: no norm
+    float* out;           // [n_tokens, n_cols], or null
+    __nv_bfloat16* narrow;  // [n_tokens, stride], or null; zeros past n_cols
+    __nv_bfloat16* rest;    // the same of what rounding lost, or null
+    float eps;
+    uint32_t n_cols, stride;
+};
+
+// A block normalizes a token's activations, and rounds them to BF16 where that is asked for.
+extern "C" __global__ void normalize(const __grid_constant__ Normalize p) {
+    wait_for_previous();
+    start_next();
+    const float* x = p.x + size_t(blockIdx.x) * p.n_cols;
+    float scale = 1;
+    if (p.weight) {
+        float sum = 0;
+        for (uint32_t i = threadIdx.x; i < p.n_cols; i += blockDim.x) sum += x[i] * x[i];
+        scale = 1 / sqrtf(block_sum(sum) / p.n_cols + p.eps);
+    }
+    for (uint32_t i = threadIdx.x; i < p.stride; i += blockDim.x) {
+        const float value = i < p.n_cols ? (p.weight ? x[i] * scale * p.weight[i] : x[i]) : 0;
+        if (p.out && i < p.n_cols) p.out[size_t(blockIdx.x) * p.n_cols + i] = value;
+        const __nv_bfloat16 rounded = __float2bfloat16(value);
+        if (p.narrow) p.narrow[size_t(blockIdx.x) * p.stride + i] = rounded;
+        if (p.rest) p.rest[size_t(blockIdx.x) * p.stride + i] = __float2bfloat16(value - __bfloat162float(rounded));
+    }
+}
+
+struct Rows {
+    const uint4* weights;  // [n_rows, stride] BF16, rows 16-byte aligned
+    const float* bias;     // [n_rows], or null
+    float* out;            // [n_tokens, n_rows]
+    uint32_t n_rows, adds;
+};
+
+constexpr uint32_t MAX_PRODUCTS = 3;
+
+struct Matvec {
+    const float* x;     // [n_tokens, n_cols]
+    const float* norm;  // [n_cols], or null
+    Rows products[MAX_PRODUCTS];  // those past the last have no rows
+    float eps;
+    uint32_t n_cols, stride;  // stride: n_cols rounded up to 8
+};
+
+constexpr uint32_t MATVEC_THREADS = 512;
+constexpr uint32_t MATVEC_WARPS = MATVEC_THREADS / 32;
+// Loads of 16 bytes that a lane has on the way. GPUs with less shared memory have fewer.
+#if __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200
+constexpr uint32_t DEPTH = 4;
+#else
+constexpr uint32_t DEPTH = 8;
+#endif
+
+// Up to three products of one token. Bound by the weights' way from memory, so each block has an equal run of rows, the
+// first of which are asked for before the activations are known; and a lane copies its weights to shared memory DEPTH
+// steps before it multiplies them, where only it reads them, so that nothing has to wait for other lanes. blockIdx.y is the
+// token. If GATED, there are two of as many rows, and the one output is silu(first) * second.
+//
+// Activations lie in shared memory as two planes, columns 0 to 3 of every eight and columns 4 to 7, so that lanes
+// read consecutive 16 bytes.
+template <bool GATED>
+__device__ __forceinline__ void matvec(const Matvec& p) {
+    extern __shared__ uint4 shared[];  // [DEPTH][MATVEC_THREADS] weights, then [2][stride / 8] activations
+    uint4* ring = shared + threadIdx.x;
+    float4* x_shared = reinterpret_cast<float4*>(shared + DEPTH * MATVEC_THREADS);
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t octets = p.stride / 8, steps = (octets + 31) / 32;  // a step of a warp is 256 columns
+    const uint32_t n0 = p.products[0].n_rows, n1 = n0 + p.products[1].n_rows, n2 = n1 + p.products[2].n_rows;
+    const uint64_t n_rows = GATED ? n0 : n2;
+    const uint32_t end = n_rows * (blockIdx.x + 1) / gridDim.x;
+    uint32_t row = n_rows * blockIdx.x / gridDim.x + warp;
+
+    auto weights_of = [&](uint32_t row, uint32_t half) {
+        if (GATED) return (half ? p.products[1] : p.products[0]).weights + size_t(row) * octets;
+        if (row < n0) return p.products[0].weights + size_t(row) * octets;
+        if (row < n1) return p.products[1].weights + size_t(row - n0) * octets;
+        return p.products[2].weights + size_t(row - n1) * octets;
+    };
+    // What is copied next.
+    uint32_t next_row = row, next_half = 0, next_octet = lane;
+    const uint4* next = row < end ? weights_of(row, 0) : nullptr;
+    auto fetch = [&](uint32_t slot) {
+        if (next_row < end) {
+            if (next_octet < octets) {
+                const uint32_t to = __cvta_generic_to_shared(ring + slot * MATVEC_THREADS);
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(next + next_octet) : "memory");
+            }
+            next_octet += 32;
+            if (next_octet >= steps * 32) {
+                next_octet = lane;
+                next_half = GATED && !next_half;
+                if (!next_half) next_row += MATVEC_WARPS;
+                if (next_row < end) next = weights_of(next_row, next_half);
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    for (uint32_t slot = 0; slot < DEPTH; slot++) fetch(slot);
+    start_next();
+    wait_for_previous();
+
+    const float* x = p.x + size_t(blockIdx.y) * p.n_cols;
+    float sum = 0;
+    for (uint32_t i = threadIdx.x; i < p.stride / 4; i += MATVEC_THREADS) {
+        float4 v;
+        if (p.n_cols % 4 == 0) {
+            v = 4 * i < p.n_cols ? reinterpret_cast<const float4*>(x)[i] : float4{};
+        } else {
+            auto at = [&](uint32_t column) { return column < p.n_cols ? x[column] : 0.0f; };
+            v = {at(4 * i), at(4 * i + 1), at(4 * i + 2), at(4 * i + 3)};
+        }
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        if (p.norm) {
+            auto at = [&](uint32_t column) { return column < p.n_cols ? p.norm[column] : 0.0f; };
+            v.x *= at(4 * i), v.y *= at(4 * i + 1), v.z *= at(4 * i + 2), v.w *= at(4 * i + 3);
+        }
+        x_shared[i % 2 * octets + i / 2] = v;
+    }
+    // The norm's factor is the same for all columns: rows are multiplied by it at their end.
+    const float scale = p.norm ? 1 / sqrtf(block_sum(sum) / p.n_cols + p.eps) : 1;
+    __syncthreads();
+
+    float gate = 0;
+    uint32_t slot = 0;
+    for (; row < end; row += MATVEC_WARPS) {
+#pragma unroll
+        for (uint32_t half = 0; half < (GATED ? 2 : 1); half++) {
+            float low = 0, high = 0;
+            for (uint32_t octet = lane; octet < steps * 32; octet += 32) {
+                asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
+                if (octet < octets) {
+                    const uint4 w = ring[slot * MATVEC_THREADS];
+                    const float4 a = x_shared[octet], b = x_shared[octets + octet];
+                    const float2 w0 = widen(w.x), w1 = widen(w.y), w2 = widen(w.z), w3 = widen(w.w);
+                    low += w0.x * a.x + w0.y * a.y + w1.x * a.z + w1.y * a.w;
+                    high += w2.x * b.x + w2.y * b.y + w3.x * b.z + w3.y * b.w;
+                }
+                fetch(slot);
+                slot = (slot + 1) % DEPTH;
+            }
+            float dot = warp_sum(low + high) * scale;
+            if (GATED && half == 0) {
+                gate = dot + (p.products[0].bias ? p.products[0].bias[row] : 0);
+            } else if (lane == 0) {
+                const uint32_t which = GATED ? 1 : (row >= n0) + (row >= n1);
+                const uint32_t at = GATED ? row : row - (which == 0 ? 0 : which == 1 ? n0 : n1);
+                const Rows& product = p.products[which];
+                if (product.bias) dot += product.bias[at];
+                float* out = p.products[GATED ? 0 : which].out + size_t(blockIdx.y) * product.n_rows + at;
+                if (GATED) dot *= gate / (1 + expf(-gate));
+                *out = product.adds ? *out + dot : dot;
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(MATVEC_THREADS) matvec_dense(const __grid_constant__ Matvec p) { matvec<false>(p); }
+extern "C" __global__ void __launch_bounds__(MATVEC_THREADS) matvec_gated(const __grid_constant__ Matvec p) { matvec<true>(p); }
+
+struct AddBias {
+    float* out;         // [n_tokens, n_rows]
+    const float* bias;  // [n_rows]
+    uint32_t n_rows;
+};
+
+extern "C" __global__ void add_bias(const __grid_constant__ AddBias p) {
+    wait_for_previous();
+    start_next();
+    for (uint32_t i = threadIdx.x; i < p.n_rows; i += blockDim.x) p.out[size_t(blockIdx.x) * p.n_rows + i] += p.bias[i];
+}
+
+struct Add {
+    float* x;
+    const float* y;
+    uint64_t n;
+};
+
+extern "C" __global__ void add(const __grid_constant__ Add p) {
+    wait_for_previous();
+    start_next();
+    for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < p.n; i += uint64_t(gridDim.x) * blockDim.x)
+        p.x[i] += p.y[i];
+}
+
+struct SiluMul {
+    float* gate;
+    const float* up;
+    uint64_t n;
+};
+
+extern "C" __global__ void silu_mul(const __grid_constant__ SiluMul p) {
+    wait_for_previous();
+    start_next();
+    for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < p.n; i += uint64_t(gridDim.x) * blockDim.x)
+        p.gate[i] *= p.up[i] / (1 + expf(-p.gate[i]));
+}
+
+// ---- Attention -------------------------------------------------------------------------------------------------------
+
+struct Heads {
+    const uint32_t* first_position;
+    float* q;              // [n_tokens, n_heads, head_dim]
+    const float* k;        // [n_tokens, n_kv_heads, head_dim]
+    const float* v;
+    __nv_bfloat16* keys;    // [n_kv_heads, capacity, cached_dim]
+    __nv_bfloat16* values;
+    const float* inverse_frequencies;  // [head_dim / 2]
+    const float* query_norm;           // [head_dim], or null
+    const float* key_norm;
+    float query_eps, key_eps;
+    uint32_t n_heads, n_kv_heads, head_dim, cached_dim, capacity;
+};
+
+// A warp normalizes and rotates a head, in place if it is a query's, into the cache if it is a key's; values are only
+// stored. blockIdx.y is the token.
+extern "C" __global__ void place_heads(const __grid_constant__ Heads p) {
+    wait_for_previous();
+    start_next();
+    const uint32_t lane = threadIdx.x % 32, half = p.head_dim / 2;
+    const uint32_t head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    const uint32_t position = *p.first_position + blockIdx.y;
+    const uint32_t kv_head = head < p.n_heads + p.n_kv_heads ? head - p.n_heads : head - p.n_heads - p.n_kv_heads;
+    const size_t cached = (size_t(kv_head) * p.capacity + position) * p.cached_dim;
+    if (head >= p.n_heads + 2 * p.n_kv_heads) return;
+    if (head >= p.n_heads + p.n_kv_heads) {
+        const float* v = p.v + (size_t(blockIdx.y) * p.n_kv_heads + kv_head) * p.head_dim;
+        for (uint32_t i = lane; i < p.head_dim; i += 32) p.values[cached + i] = __float2bfloat16(v[i]);
+        return;
+    }
+    const bool is_query = head < p.n_heads;
+    float* q = p.q + (size_t(blockIdx.y) * p.n_heads + head) * p.head_dim;
+    const float* x = is_query ? q : p.k + (size_t(blockIdx.y) * p.n_kv_heads + kv_head) * p.head_dim;
+    const float* norm = is_query ? p.query_norm : p.key_norm;
+    float scale = 1;
+    if (norm) {
+        float sum = 0;
+        for (uint32_t i = lane; i < p.head_dim; i += 32) sum += x[i] * x[i];
+        scale = 1 / sqrtf(warp_sum(sum) / p.head_dim + (is_query ? p.query_eps : p.key_eps));
+    }
+    for (uint32_t i = lane; i < half; i += 32) {
+        const float a = x[i] * (norm ? scale * norm[i] : 1), b = x[half + i] * (norm ? scale * norm[half + i] : 1);
+        float sine, cosine;
+        sincosf(position * p.inverse_frequencies[i], &sine, &cosine);
+        const float first = a * cosine - b * sine, second = b * cosine + a * sine;
+        if (is_query) {
+            q[i] = first;
+            q[half + i] = second;
+        } else {
+            p.keys[cached + i] = __float2bfloat16(first);
+            p.keys[cached + half + i] = __float2bfloat16(second);
+        }
+    }
+}
+
+struct Attend {
+    const uint32_t* first_position;
+    const float* q;               // [n_tokens, n_heads, head_dim]
+    const __nv_bfloat16* keys;    // [n_kv_heads, capacity, cached_dim], zeros past head_dim
+    const __nv_bfloat16* values;
+    float* out;                   // [n_tokens, n_heads, head_dim]
+    float* partial;               // [n_heads, gridDim.y, cached_dim + 2]: unfinished sums, their largest score and weight
+    uint32_t* done;               // [gridDim.x], zeros
+    uint32_t n_heads, n_kv_heads, head_dim, cached_dim, capacity, window;  // cached_dim: head_dim rounded up to 8; window 0: none
+};
+
+constexpr uint32_t ATTEND_THREADS = 128;
+// Query heads of one key head that a block takes, and the positions that it takes at a time, a thread each.
+constexpr uint32_t TILE_HEADS = 8, TILE = ATTEND_THREADS;
+
+// Attention of some query heads that share a key head, over every gridDim.y-th tile of positions, with the running
+// softmax of Milakov and Gimelshein (arXiv 1805.02867). Where several blocks share a token's positions (only with one
+// token), the last to end joins their results. blockIdx: heads, share of the positions, token.
+template <uint32_t HEAD_DIM>
+__device__ __forceinline__ void attend(const Attend& p) {
+    const uint32_t head_dim = HEAD_DIM ? HEAD_DIM : p.head_dim, dim = HEAD_DIM ? HEAD_DIM : p.cached_dim, octets = dim / 8;
+    __shared__ float weights[TILE][TILE_HEADS];
+    __shared__ float largest[TILE_HEADS], rescale[TILE_HEADS], total[TILE_HEADS];
+    __shared__ bool is_last;
+    extern __shared__ float room[];  // [TILE_HEADS][dim]: queries, and at the end sums
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    wait_for_previous();
+    start_next();
+
+    const uint32_t group = p.n_heads / p.n_kv_heads, tiles_of_group = (group + TILE_HEADS - 1) / TILE_HEADS;
+    const uint32_t kv_head = blockIdx.x / tiles_of_group, first_of_tile = blockIdx.x % tiles_of_group * TILE_HEADS;
+    const uint32_t head = kv_head * group + first_of_tile, n = min(TILE_HEADS, group - first_of_tile);
+    const uint32_t position = *p.first_position + blockIdx.z;
+    const uint32_t first = p.window && position + 1 > p.window ? position + 1 - p.window : 0;
+    const uint32_t n_tiles = (position + 1 - first + TILE - 1) / TILE, n_shares = min(n_tiles, gridDim.y);
+    if (blockIdx.y >= n_shares) return;
+
+    const __nv_bfloat16* keys = p.keys + size_t(kv_head) * p.capacity * dim;
+    const __nv_bfloat16* values = p.values + size_t(kv_head) * p.capacity * dim;
+    const float* q = p.q + (size_t(blockIdx.z) * p.n_heads + head) * head_dim;
+    const float root = rsqrtf(head_dim);
+    for (uint32_t i = threadIdx.x; i < TILE_HEADS * dim; i += ATTEND_THREADS)
+        room[i] = i < n * dim && i % dim < head_dim ? q[i / dim * head_dim + i % dim] * root : 0;
+    if (threadIdx.x < TILE_HEADS) largest[threadIdx.x] = -INFINITY, total[threadIdx.x] = 0;
+
+    // In the second half of a tile's work, a thread has eight columns of every `rows`-th value.
+    const uint32_t rows = ATTEND_THREADS / octets, my_row = threadIdx.x / octets, my_octet = threadIdx.x % octets;
+    float sums[TILE_HEADS][8] = {};
+    for (uint32_t tile = blockIdx.y; tile < n_tiles; tile += n_shares) {
+        const uint32_t start = first + tile * TILE, n_positions = min(TILE, position + 1 - start);
+        __syncthreads();
+        float score[TILE_HEADS] = {};
+        if (threadIdx.x < n_positions) {
+            const uint4* key = reinterpret_cast<const uint4*>(keys + size_t(start + threadIdx.x) * dim);
+#pragma unroll
+            for (uint32_t i = 0; i < octets; i++) {
+                const uint4 k = key[i];
+                const float2 k0 = widen(k.x), k1 = widen(k.y), k2 = widen(k.z), k3 = widen(k.w);
+#pragma unroll
+                for (uint32_t h = 0; h < TILE_HEADS; h++) {
+                    if (h < n) {
+                        const float4 a = reinterpret_cast<const float4*>(room + h * dim)[2 * i];
+                        const float4 b = reinterpret_cast<const float4*>(room + h * dim)[2 * i + 1];
+                        score[h] += k0.x * a.x + k0.y * a.y + k1.x * a.z + k1.y * a.w;
+                        score[h] += k2.x * b.x + k2.y * b.y + k3.x * b.z + k3.y * b.w;
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (uint32_t h = 0; h < TILE_HEADS; h++)
+            weights[threadIdx.x][h] = threadIdx.x < n_positions && h < n ? score[h] : -INFINITY;
+        __syncthreads();
+        for (uint32_t h = warp; h < n; h += ATTEND_THREADS / 32) {
+            float best = -INFINITY;
+            for (uint32_t i = lane; i < TILE; i += 32) best = fmaxf(best, weights[i][h]);
+            const float before = largest[h];
+            best = fmaxf(warp_max(best), before);
+            float sum = 0;
+            for (uint32_t i = lane; i < TILE; i += 32) sum += weights[i][h] = expf(weights[i][h] - best);
+            sum = warp_sum(sum);
+            __syncwarp();
+            if (lane == 0) {
+                rescale[h] = expf(before - best);
+                total[h] = total[h] * rescale[h] + sum;
+                largest[h] = best;
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (uint32_t h = 0; h < TILE_HEADS; h++)
+#pragma unroll
+            for (uint32_t j = 0; j < 8; j++) sums[h][j] *= h < n ? rescale[h] : 0;
+        for (uint32_t i = my_row; i < n_positions && my_row < rows; i += rows) {
+            const uint4 v = reinterpret_cast<const uint4*>(values + size_t(start + i) * dim)[my_octet];
+            const float2 v0 = widen(v.x), v1 = widen(v.y), v2 = widen(v.z), v3 = widen(v.w);
+            const float value[8] = {v0.x, v0.y, v1.x, v1.y, v2.x, v2.y, v3.x, v3.y};
+#pragma unroll
+            for (uint32_t h = 0; h < TILE_HEADS; h++) {
+                if (h < n) {
+                    const float weight = weights[i][h];
+#pragma unroll
+                    for (uint32_t j = 0; j < 8; j++) sums[h][j] += weight * value[j];
+                }
+            }
+        }
+    }
+
+    // The threads' sums of one column: within the warp where its lanes have whole rows, then row after row.
+    uint32_t step = 1;
+    if (HEAD_DIM) {
+        step = 32 / octets;
+#pragma unroll
+        for (uint32_t h = 0; h < TILE_HEADS; h++)
+#pragma unroll
+            for (uint32_t j = 0; j < 8; j++)
+#pragma unroll
+                for (uint32_t lanes = octets; lanes < 32; lanes *= 2)
+                    sums[h][j] += __shfl_xor_sync(~0u, sums[h][j], lanes);
+    }
+    for (uint32_t row = 0; row < rows; row += step) {
+        __syncthreads();
+        if (my_row == row) {
+#pragma unroll
+            for (uint32_t h = 0; h < TILE_HEADS; h++)
+#pragma unroll
+                for (uint32_t j = 0; j < 8; j++) {
+                    float& sum = room[h * dim + my_octet * 8 + j];
+                    sum = row == 0 ? sums[h][j] : sum + sums[h][j];
+                }
+        }
+    }
+    __syncthreads();
+    // Element `i` of the block's sums, [n][dim], goes to its place if it is one of the output's.
+    float* out = p.out + (size_t(blockIdx.z) * p.n_heads + head) * head_dim;
+    auto put = [&](uint32_t i, float value) {
+        if (i % dim < head_dim) out[i / dim * head_dim + i % dim] = value;
+    };
+    if (n_shares == 1) {
+        for (uint32_t i = threadIdx.x; i < n * dim; i += ATTEND_THREADS) put(i, room[i] / total[i / dim]);
+        return;
+    }
+    auto share_of = [&](uint32_t h, uint32_t share) {
+        return p.partial + (size_t(head + h) * gridDim.y + share) * (dim + 2);
+    };
+    for (uint32_t i = threadIdx.x; i < n * dim; i += ATTEND_THREADS) share_of(i / dim, blockIdx.y)[i % dim] = room[i];
+    if (threadIdx.x < n) {
+        share_of(threadIdx.x, blockIdx.y)[dim] = largest[threadIdx.x];
+        share_of(threadIdx.x, blockIdx.y)[dim + 1] = total[threadIdx.x];
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = atomicAdd(&p.done[blockIdx.x], 1) == n_shares - 1;
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    if (threadIdx.x == 0) p.done[blockIdx.x] = 0;
+    for (uint32_t i = threadIdx.x; i < n * dim; i += ATTEND_THREADS) {
+        float best = -INFINITY, sum = 0, weight = 0;
+        for (uint32_t share = 0; share < n_shares; share++) best = fmaxf(best, __ldcg(share_of(i / dim, share) + dim));
+        for (uint32_t share = 0; share < n_shares; share++) {
+            const float* from = share_of(i / dim, share);
+            const float factor = expf(__ldcg(from + dim) - best);
+            sum += factor * __ldcg(from + i % dim);
+            weight += factor * __ldcg(from + dim + 1);
+        }
+        put(i, sum / weight);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_64(const __grid_constant__ Attend p) { attend<64>(p); }
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_128(const __grid_constant__ Attend p) { attend<128>(p); }
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_any(const __grid_constant__ Attend p) { attend<0>(p); }
+
+// ---- The choice of a token -------------------------------------------------------------------------------------------
+
+struct Choose {
+    const float* logits;        // [vocab]
+    unsigned long long* best;   // zero
+    uint32_t* done;             // zero
+    uint32_t* choice_host;      // token, its logit's bits; in the host's memory
+    uint32_t vocab;
+};
+
+// The largest logit, the first of equal ones; a NaN counts as larger than any number.
+extern "C" __global__ void choose(const __grid_constant__ Choose p) {
+    __shared__ unsigned long long block_best;
+    wait_for_previous();
+    start_next();
+    if (threadIdx.x == 0) block_best = 0;
+    unsigned long long best = 0;
+    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < p.vocab; i += gridDim.x * blockDim.x) {
+        const uint32_t bits = __float_as_uint(p.logits[i]);
+        const uint32_t order = isnan(p.logits[i]) ? ~0u : bits >> 31 ? ~bits : bits | 0x80000000u;
+        best = max(best, (unsigned long long)(order) << 32 | ~i);
+    }
+    __syncthreads();
+    atomicMax(&block_best, best);
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    atomicMax(p.best, block_best);
+    __threadfence();
+    if (atomicAdd(p.done, 1) != gridDim.x - 1) return;
+    __threadfence();
+    const uint32_t token = ~uint32_t(atomicExch(p.best, 0));
+    *p.done = 0;
+    p.choice_host[0] = token;
+    p.choice_host[1] = __float_as_uint(p.logits[token]);
+}

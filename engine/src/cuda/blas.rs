@@ -1,0 +1,74 @@
+//! Products of many tokens by cuBLAS, where the machine has it.
+
+use super::device::Device;
+use crate::error::{Error, Result};
+use cudarc::cublas::{CudaBlas, result, sys};
+use cudarc::driver::sys::CUdeviceptr;
+
+/// cuBLAS on a device's stream.
+pub(super) struct Blas(CudaBlas);
+
+/// `out[t][row] = matrix[row] · x[t]`, in BF16; the sums are f32.
+pub(super) struct Gemm {
+    /// `[n_rows, matrix_stride]`, of which `n_cols` columns count.
+    pub matrix: CUdeviceptr,
+    pub matrix_stride: usize,
+    pub n_rows: usize,
+    pub n_cols: usize,
+    /// `[n_tokens, x_stride]`, likewise.
+    pub x: CUdeviceptr,
+    pub x_stride: usize,
+    pub n_tokens: usize,
+    /// f32, `[n_tokens, n_rows]`
+    pub out: CUdeviceptr,
+    /// Whether the product is added to what `out` holds.
+    pub adds: bool,
+}
+
+impl Blas {
+    /// `None` where the library is not installed.
+    pub fn load(device: &Device) -> Result<Option<Self>> {
+        // SAFETY: loads the library, as its first use would.
+        if !unsafe { sys::is_culib_present() } {
+            return Ok(None);
+        }
+        let blas = CudaBlas::new(device.stream().clone());
+        Ok(Some(Self(blas.map_err(|e| Error::device(format!("cuBLAS does not start: {e}")))?)))
+    }
+
+    /// Issues a product.
+    ///
+    /// # Safety
+    /// The pointers have room for the shapes, in the memory of the device.
+    pub unsafe fn product(&self, gemm: &Gemm) -> Result<()> {
+        let &Gemm { matrix, matrix_stride, n_rows, n_cols, x, x_stride, n_tokens, out, adds } = gemm;
+        let (alpha, beta) = (1f32, f32::from(u8::from(adds)));
+        let bf16 = sys::cudaDataType::CUDA_R_16BF;
+        // Columns first, as cuBLAS has it: outᵀ [n_rows, n_tokens] = matrix · xᵀ.
+        // SAFETY: as the caller says.
+        let done = unsafe {
+            result::gemm_ex(
+                *self.0.handle(),
+                sys::cublasOperation_t::CUBLAS_OP_T,
+                sys::cublasOperation_t::CUBLAS_OP_N,
+                n_rows as i32,
+                n_tokens as i32,
+                n_cols as i32,
+                (&raw const alpha).cast(),
+                matrix as *const _,
+                bf16,
+                matrix_stride as i32,
+                x as *const _,
+                bf16,
+                x_stride as i32,
+                (&raw const beta).cast(),
+                out as *mut _,
+                sys::cudaDataType::CUDA_R_32F,
+                n_rows as i32,
+                sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        };
+        done.map_err(|e| Error::device(format!("cuBLAS refuses a product: {e}")))
+    }
+}

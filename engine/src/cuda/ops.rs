@@ -1,0 +1,193 @@
+//! The parameters of the kernels in `engine/cuda/model.cu`, as those structures have them, and the kernels themselves.
+
+use super::device::Device;
+use crate::error::Result;
+use cudarc::driver::CudaFunction;
+use cudarc::driver::sys::CUdeviceptr;
+
+/// Compiled by `scripts/build-kernels.sh`.
+const MODEL: &[u8] = include_bytes!("../../cuda/model.fatbin");
+
+/// Matrices that one launch of [`Matvec`] takes.
+pub(super) const MAX_PRODUCTS: usize = 3;
+/// Threads of a block of [`Matvec`].
+pub(super) const MATVEC_THREADS: u32 = 512;
+/// Bytes of shared memory in which a block of [`Matvec`] has weights, where a block may have `limit`.
+pub(super) fn ring_bytes(limit: u32) -> u32 {
+    let depth = if limit < 128 << 10 { 4 } else { 8 };
+    depth * 16 * MATVEC_THREADS
+}
+
+/// Threads of a block of [`Attend`], and positions that a block takes at a time.
+pub(super) const ATTEND_THREADS: u32 = 128;
+/// Query heads that a block of [`Attend`] takes at most.
+pub(super) const TILE_HEADS: usize = 8;
+
+/// Pointers to nothing stand for what is optional.
+pub(super) const NONE: CUdeviceptr = 0;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct BeginStep {
+    pub step_host: CUdeviceptr,
+    pub position: CUdeviceptr,
+    pub tokens: CUdeviceptr,
+    pub n_tokens: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct EmbedDense {
+    pub tokens: CUdeviceptr,
+    pub table: CUdeviceptr,
+    pub out: CUdeviceptr,
+    pub n_cols: u32,
+    pub stride: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Normalize {
+    pub x: CUdeviceptr,
+    pub weight: CUdeviceptr,
+    pub out: CUdeviceptr,
+    pub narrow: CUdeviceptr,
+    pub rest: CUdeviceptr,
+    pub eps: f32,
+    pub n_cols: u32,
+    pub stride: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct Rows {
+    pub weights: CUdeviceptr,
+    pub bias: CUdeviceptr,
+    pub out: CUdeviceptr,
+    pub n_rows: u32,
+    pub adds: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Matvec {
+    pub x: CUdeviceptr,
+    pub norm: CUdeviceptr,
+    pub products: [Rows; MAX_PRODUCTS],
+    pub eps: f32,
+    pub n_cols: u32,
+    pub stride: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct AddBias {
+    pub out: CUdeviceptr,
+    pub bias: CUdeviceptr,
+    pub n_rows: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Add {
+    pub x: CUdeviceptr,
+    pub y: CUdeviceptr,
+    pub n: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct SiluMul {
+    pub gate: CUdeviceptr,
+    pub up: CUdeviceptr,
+    pub n: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Heads {
+    pub first_position: CUdeviceptr,
+    pub q: CUdeviceptr,
+    pub k: CUdeviceptr,
+    pub v: CUdeviceptr,
+    pub keys: CUdeviceptr,
+    pub values: CUdeviceptr,
+    pub inverse_frequencies: CUdeviceptr,
+    pub query_norm: CUdeviceptr,
+    pub key_norm: CUdeviceptr,
+    pub query_eps: f32,
+    pub key_eps: f32,
+    pub n_heads: u32,
+    pub n_kv_heads: u32,
+    pub head_dim: u32,
+    pub cached_dim: u32,
+    pub capacity: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Attend {
+    pub first_position: CUdeviceptr,
+    pub q: CUdeviceptr,
+    pub keys: CUdeviceptr,
+    pub values: CUdeviceptr,
+    pub out: CUdeviceptr,
+    pub partial: CUdeviceptr,
+    pub done: CUdeviceptr,
+    pub n_heads: u32,
+    pub n_kv_heads: u32,
+    pub head_dim: u32,
+    pub cached_dim: u32,
+    pub capacity: u32,
+    pub window: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Choose {
+    pub logits: CUdeviceptr,
+    pub best: CUdeviceptr,
+    pub done: CUdeviceptr,
+    pub choice_host: CUdeviceptr,
+    pub vocab: u32,
+}
+
+/// The kernels, loaded.
+pub(super) struct Kernels {
+    pub begin_step: CudaFunction,
+    pub embed_dense: CudaFunction,
+    pub normalize: CudaFunction,
+    pub matvec_dense: CudaFunction,
+    pub matvec_gated: CudaFunction,
+    pub add_bias: CudaFunction,
+    pub add: CudaFunction,
+    pub silu_mul: CudaFunction,
+    pub place_heads: CudaFunction,
+    pub attend_64: CudaFunction,
+    pub attend_128: CudaFunction,
+    pub attend_any: CudaFunction,
+    pub choose: CudaFunction,
+}
+
+impl Kernels {
+    pub fn load(device: &Device) -> Result<Self> {
+        let module = device.load(MODEL)?;
+        let kernel = |name| device.kernel(&module, name, 0);
+        let matvec = |name| device.kernel(&module, name, device.shared_bytes());
+        Ok(Self {
+            begin_step: kernel("begin_step")?,
+            embed_dense: kernel("embed_dense")?,
+            normalize: kernel("normalize")?,
+            matvec_dense: matvec("matvec_dense")?,
+            matvec_gated: matvec("matvec_gated")?,
+            add_bias: kernel("add_bias")?,
+            add: kernel("add")?,
+            silu_mul: kernel("silu_mul")?,
+            place_heads: kernel("place_heads")?,
+            attend_64: kernel("attend_64")?,
+            attend_128: kernel("attend_128")?,
+            attend_any: kernel("attend_any")?,
+            choose: kernel("choose")?,
+        })
+    }
+}
