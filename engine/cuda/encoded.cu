@@ -284,20 +284,20 @@ __device__ __forceinline__ void add(double& sum, u64 partial) { sum += __longlon
 // `unit(token)` is what one of an int8 product's activations is worth.
 template <int FORMAT, int TOKENS, class Unit>
 __device__ __forceinline__ void finish_rows(const Task& task, const Launch& launch, Unit unit, u32 i, u32 lane) {
-    __threadfence();
+    // Release and acquire rather than __threadfence, which would throw the first-level cache away with every strip.
     __syncwarp();
     u32 before = 0;
-    if (lane == 0) before = atomicAdd(task.arrived + i, 1);
+    if (lane == 0) asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(task.arrived + i) : "memory");
     if (__shfl_sync(FULL, before, 0) != task.n_strips - 1) return;
     if (lane == 0) task.arrived[i] = 0;
-    __threadfence();
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
     const u32 row = i * 32 + lane, n_rows = task.matrix.n_rows, n_tokens = launch.n_tokens;
     const float scale = row < n_rows ? scale_of<FORMAT>(task.matrix, row) : 0;
     const float bias = task.bias && row < n_rows ? task.bias[row] : 0;
     for (u32 first = 0; first < n_tokens; first += TOKENS) {
         typename std::conditional<FORMAT == INT8, i64, double>::type sums[TOKENS] = {};
         const u64* from = task.partials + ((u64)i * task.n_strips * n_tokens + first) * 32 + lane;
-#pragma unroll (TOKENS == 1 ? 8 : 4)
+#pragma unroll (8 / TOKENS)
         for (u32 s = 0; s < task.n_strips; s++, from += n_tokens * 32) {
 #pragma unroll
             for (int t = 0; t < TOKENS; t++) {

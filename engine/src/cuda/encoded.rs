@@ -23,7 +23,8 @@ const PARTIALS: usize = 8 << 20;
 /// Row blocks that one launch may have.
 const MAX_ROW_BLOCKS: usize = 1 << 16;
 
-/// Parts a symbol and raw bits that have kernels of their own: what the encoder chooses. The others share one that is several times slower.
+/// Parts a symbol and raw bits that have kernels of their own: what the encoder chooses. The others share one that is
+/// several times slower.
 const INSTANCES: &[(Format, u32, u32)] = &[
     (Format::Int8, 4, 2),
     (Format::Int8, 4, 3),
@@ -102,8 +103,8 @@ struct Prepare {
     n_cols: u32,
 }
 
-/// What a kernel needs beside its table: shared memory of each warp besides its window, shared memory of a block, and the warps that its registers
-/// allow.
+/// What a kernel needs beside its table: shared memory of each warp besides its window, shared memory of a block, and the
+/// warps that its registers allow.
 #[derive(Clone, Copy)]
 struct Needs {
     tile_bytes: u32,
@@ -212,7 +213,8 @@ fn has_instance(format: Format, params: &Params) -> bool {
 }
 
 /// The table as the kernels look it up, by slot. Low half: what the shifted state changes by, from the top bit down, and
-/// the bits to read in bits 0 to 4. High half: the parts where the codes have them (`Codec::assemble` in decode.cuh), or the symbol.
+/// the bits to read in bits 0 to 4. High half: the parts where the codes have them (`Codec::assemble` in decode.cuh),
+/// or the symbol.
 fn table_entries(tensor: &EncodedTensor, params: &Params) -> Vec<u64> {
     let &Params { parts_per_symbol: g, table_bits, raw_bits: k, part_bits: w, bias, .. } = params;
     let (format, fixed) = (tensor.format(), has_instance(tensor.format(), params));
@@ -327,17 +329,14 @@ impl EncodedMatrix {
         self.n_rows().div_ceil(BLOCK_ROWS)
     }
 
-    fn n_blocks(&self) -> usize {
-        self.n_row_blocks() * self.description.n_col_blocks as usize
-    }
-
     fn table_bytes(&self) -> u32 {
         8 << self.description.table_bits
     }
 }
 
 impl EncodedKernels {
-    /// One launch over `tasks`, whose matrices and outputs are set. Gives each a share of the multiprocessors by its number of blocks.
+    /// One launch over `tasks`, whose matrices and outputs are set. Gives each a share of the multiprocessors by its number
+    /// of blocks.
     ///
     /// # Safety
     /// The outputs have the room that the kernel takes.
@@ -354,7 +353,8 @@ impl EncodedKernels {
             return Err(Error::unsupported(
                 "encoded tensor",
                 format!(
-                    "its table and input take {once} bytes of shared memory, the GPU has {} a block; compress the model with --prefer speed",
+                    "its table and input take {once} bytes of shared memory, the GPU has {} a block; compress the model \
+                     with --prefer speed",
                     self.shared_limit
                 ),
             ));
@@ -369,7 +369,8 @@ impl EncodedKernels {
         }
         let shared_bytes = once + n_warps * a_warp;
         let grid = Grid { blocks: (first_cta, 1, 1), threads: 32 * n_warps, shared_bytes };
-        // SAFETY: the structures are the kernels', the pointers those of validated tensors, and the outputs the caller's promise.
+        // SAFETY: the structures are the kernels', the pointers those of validated tensors, the outputs the caller's
+        // promise.
         unsafe { device.launch(kernel, grid, &launch) }
     }
 
@@ -512,16 +513,15 @@ impl EncodedKernels {
     ) -> Result<()> {
         let stream = device.stream();
         let (partials, arrived) = (self.partials.device_ptr(stream).0, self.arrived.device_ptr(stream).0);
-        let n_blocks: usize = jobs.iter().map(|(m, ..)| m.n_blocks()).sum();
         let all_warps = (self.n_multiprocessors * most_warps) as usize;
         let sums = BLOCK_ROWS * launch.n_tokens as usize;
-        let mut strip = if launch.n_tokens == 1 { n_blocks / (2 * all_warps) } else { n_blocks / all_warps }.max(1);
         let of_row = |m: &EncodedMatrix, strip: usize| (m.description.n_col_blocks as usize).div_ceil(strip);
-        while strip < 1 << 12
-            && jobs.iter().map(|(m, ..)| m.n_row_blocks() * of_row(m, strip) * sums).sum::<usize>() > PARTIALS
-        {
-            strip *= 2;
-        }
+        let n_strips = |strip: usize| jobs.iter().map(|(m, ..)| m.n_row_blocks() * of_row(m, strip)).sum::<usize>();
+        // The slowest warp's blocks, and a third of one's time for the end of each strip.
+        let cost = |strip: usize| n_strips(strip).div_ceil(all_warps) * (3 * strip + 1);
+        let widest = jobs.iter().map(|(m, ..)| m.description.n_col_blocks as usize).max().unwrap_or(1);
+        let strips = (1..=widest).filter(|&strip| n_strips(strip) * sums <= PARTIALS);
+        let strip = strips.min_by_key(|&strip| cost(strip)).unwrap_or(widest);
         let (mut n_sums, mut n_row_blocks) = (0, 0);
         for (task, &(m, bias, out)) in launch.tasks.iter_mut().zip(jobs) {
             let n_strips = of_row(m, strip);
