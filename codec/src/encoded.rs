@@ -54,7 +54,8 @@ impl Prefer {
             (Self::Balanced, 2) => 0.08 + 0.002 * table,
             (Self::Balanced, _) => 0.002 * table,
             (Self::Speed, 1) => 1.0,
-            (Self::Speed, 2) => 0.30 + 0.01 * table,
+            (Self::Speed, 2) => 0.45 + 0.01 * table,
+            (Self::Speed, 4) => 0.16 + 0.01 * table,
             (Self::Speed, _) => 0.01 * table,
         };
         look_ups + 0.008 * raw_fields(params.raw_bits).count() as f64

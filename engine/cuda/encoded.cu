@@ -625,6 +625,7 @@ KERNELS(FP8, fp8, 2, 3, _g2_k3)
 KERNELS(FP8, fp8, ANY, ANY, _any)
 KERNELS(BF16, bf16, 4, 9, _g4_k9)
 KERNELS(BF16, bf16, 2, 7, _g2_k7)
+KERNELS(BF16, bf16, 2, 8, _g2_k8)
 KERNELS(BF16, bf16, ANY, ANY, _any)
 
 // ---------------------------------------------------------------- activations

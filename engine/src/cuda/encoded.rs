@@ -38,6 +38,7 @@ const INSTANCES: &[(Format, u32, u32)] = &[
     (Format::Fp8, 2, 3),
     (Format::Bf16, 4, 9),
     (Format::Bf16, 2, 7),
+    (Format::Bf16, 2, 8),
 ];
 
 /// `Matrix` in decode.cuh; pointers are device addresses.
@@ -145,6 +146,7 @@ pub(super) struct EncodedMatrix {
 /// The kernels for one format and parameters.
 #[derive(Clone)]
 struct Instance {
+    #[cfg(test)]
     decode_codes: CudaFunction,
     decode_values: CudaFunction,
     gather_rows: CudaFunction,
@@ -191,6 +193,7 @@ impl EncodedKernels {
     fn instance(&self, device: &Device, name: String) -> Result<Instance> {
         let kernel = |verb: &str| device.kernel(&self.module, &format!("{verb}_{name}"), self.shared_limit);
         Ok(Instance {
+            #[cfg(test)]
             decode_codes: kernel("decode_codes")?,
             decode_values: kernel("decode_values")?,
             gather_rows: kernel("gather_rows")?,
@@ -198,6 +201,11 @@ impl EncodedKernels {
             name,
         })
     }
+}
+
+/// The format whose kernels read a tensor: codes of `rate` are those of `int8`.
+fn kernel_format(tensor: &EncodedTensor) -> Format {
+    if tensor.format().is_integer() { Format::Int8 } else { tensor.format() }
 }
 
 /// Whether kernels of their own read these parameters.
@@ -217,7 +225,8 @@ fn has_instance(format: Format, params: &Params) -> bool {
 /// or the symbol.
 fn table_entries(tensor: &EncodedTensor, params: &Params) -> Vec<u64> {
     let &Params { parts_per_symbol: g, table_bits, raw_bits: k, part_bits: w, bias, .. } = params;
-    let (format, fixed) = (tensor.format(), has_instance(tensor.format(), params));
+    let format = kernel_format(tensor);
+    let fixed = has_instance(format, params);
     let place = |symbol: u32| -> u32 {
         let part = |i: u32| symbol >> (w * i) & ((1 << w) - 1);
         let low_bits = k.saturating_sub(1);
@@ -295,19 +304,13 @@ impl EncodedMatrix {
             filler: params.filler(tensor.format()).into(),
         };
         let (g, k) = (params.parts_per_symbol, params.raw_bits);
-        let name = match has_instance(tensor.format(), params) {
-            true => format!("{}_g{g}_k{k}", tensor.format()),
-            false => format!("{}_any", tensor.format()),
+        let format = kernel_format(tensor);
+        let name = match has_instance(format, params) {
+            true => format!("{format}_g{g}_k{k}"),
+            false => format!("{format}_any"),
         };
         let bytes = (tensor.bytes().len() + 8 * entries.len()) as u64;
-        Ok(Self {
-            format: tensor.format(),
-            description,
-            bytes,
-            kernels: kernels.instance(device, name)?,
-            _data: data,
-            _table: table,
-        })
+        Ok(Self { format, description, bytes, kernels: kernels.instance(device, name)?, _data: data, _table: table })
     }
 
     /// Rows.
@@ -383,6 +386,7 @@ impl EncodedKernels {
     }
 
     /// Decodes matrices to their codes, row-major, into buffers of at least as many bytes as those have.
+    #[cfg(test)]
     pub fn decode_codes(&self, device: &Device, jobs: &mut [(&EncodedMatrix, &mut CudaSlice<u8>)]) -> Result<()> {
         let stream = device.stream();
         let jobs: Vec<_> = jobs
@@ -613,9 +617,9 @@ mod tests {
         let shapes = [(1, 1), (33, 31), (64, 512), (75, 1000), (100, 2080), (32, 4096)];
         for (i, (n_rows, n_cols)) in shapes.into_iter().enumerate() {
             let source = tensor(n_rows, n_cols, i as u64 + 1);
-            for format in [Format::Bf16, Format::Fp8, Format::Int8] {
+            for &format in Format::ALL {
                 for prefer in [Prefer::Size, Prefer::Balanced, Prefer::Speed] {
-                    let options = EncodeOptions { format, prefer, ..Default::default() };
+                    let options = EncodeOptions { format, prefer, step: Some(0.01), ..Default::default() };
                     let bytes = encode_tensor(&source, &options).unwrap();
                     all.push((format!("{n_rows} × {n_cols} {format} {prefer:?}"), parse(bytes)));
                 }
@@ -786,7 +790,7 @@ mod tests {
                 ];
                 kernels.product(&device, &mut operand, &x_dev, n_tokens, &mut products).unwrap();
                 let found: Vec<Vec<f32>> = outs.iter().map(|o| stream.clone_dtoh(o).unwrap()).collect();
-                if t.format() == Format::Int8 {
+                if t.format().is_integer() {
                     let mut y = vec![0f32; n_rows * n_tokens];
                     t.product(Cpu::Scalar, &Operand::new(&x, n_cols), 0..n_rows, &mut y).unwrap();
                     let expected: Vec<f32> =
@@ -806,7 +810,7 @@ mod tests {
                     let patched =
                         if t.sections().patches.is_empty() { 0.0 } else { filler.abs() * n_cols as f64 * 3.0 };
                     let limit = match t.format() {
-                        Format::Int8 => 1e-3 * all,
+                        Format::Int8 | Format::Rate => 1e-3 * all,
                         _ => 2f64.powi(-16) * (all + patched),
                     };
                     assert!(
