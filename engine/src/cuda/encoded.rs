@@ -145,7 +145,6 @@ pub(super) struct EncodedMatrix {
 /// The kernels for one format and parameters.
 #[derive(Clone)]
 struct Instance {
-    #[cfg_attr(not(test), expect(dead_code, reason = "the tests compare codes; nothing else asks for them yet"))]
     decode_codes: CudaFunction,
     decode_values: CudaFunction,
     gather_rows: CudaFunction,
