@@ -11,8 +11,8 @@ use codecllm_codec::block::BLOCK_ROWS;
 use codecllm_codec::checkpoint::{Dtype, Tensor};
 use codecllm_codec::encoded::{Checks, CodesMut, EncodeOptions, EncodedTensor, encode_tensor};
 use codecllm_codec::product::Operand;
-use codecllm_codec::quantize::{Codes, Scales, quantize, rms, scale_of};
-use codecllm_codec::{Cpu, Format, ScaleMode};
+use codecllm_codec::quantize::{Codes, Scales, quantize, scale_of};
+use codecllm_codec::{Cpu, Format, Prefer, ScaleMode};
 use codecllm_engine::weights::DenseType;
 use codecllm_engine::{LoadOptions, Logits, Model, cpu};
 use half::bf16;
@@ -31,7 +31,7 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
-use workload::{Matrix, ModelShape, Task, Workload, normal};
+use workload::{Matrix, ModelShape, Task, Workload, encode_options, normal};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T> = std::result::Result<T, Error>;
@@ -277,7 +277,7 @@ impl Bench {
             eprintln!("encoding {format}");
             let encode = |m: &Matrix| -> Result<EncodedTensor> {
                 let tensor = m.tensor();
-                let options = encode_options(format, &tensor)?;
+                let options = encode_options(format, Prefer::Balanced, &tensor)?;
                 let data = encode_tensor(&tensor, &options).map_err(|e| e.in_tensor(&m.name))?;
                 Ok(EncodedTensor::parse(data.into(), Checks::Full).map_err(|e| e.in_tensor(&m.name))?)
             };
@@ -500,13 +500,6 @@ fn copies<T>(mut items: Vec<T>, n: usize, copy: impl Fn(usize, &T) -> T) -> Vec<
     items
 }
 
-/// Options for a format; `rate` gets a step that makes about four bits a weight.
-fn encode_options(format: Format, tensor: &Tensor) -> Result<EncodeOptions> {
-    const STEP_PER_RMS: f64 = 0.25;
-    let step = (format == Format::Rate).then(|| rms(tensor).map(|rms| (STEP_PER_RMS * rms) as f32)).transpose()?;
-    Ok(EncodeOptions { format, step, ..EncodeOptions::default() })
-}
-
 fn plain_bf16(m: &Matrix, data: Bytes) -> cpu::Matrix {
     cpu::Matrix::Dense { element: DenseType::Bf16, n_rows: m.n_rows, n_cols: m.n_cols, data }
 }
@@ -689,7 +682,7 @@ impl Bench {
         let codes: Vec<u8> = self.zstd_codes()?;
         let peer = |name: &str| Peer { name: name.into(), threads: team.n_threads(), basis: Basis::Value };
         for encoded in &self.encoded {
-            let options = encode_options(encoded.format, &tensor)?;
+            let options = encode_options(encoded.format, Prefer::Balanced, &tensor)?;
             let tensor = tensor.clone();
             contenders.push(Contender {
                 bytes_per_unit: 2.0,

@@ -1,8 +1,8 @@
 //! Whole models on a GPU: tokens a second, the time of a prompt, and memory, in BF16 and in each format.
 
 use super::workload::{DrawnModel, ModelShape};
-use codecllm_codec::Format;
 use codecllm_codec::encoded::Checks;
+use codecllm_codec::{Format, Prefer};
 use codecllm_engine::Model;
 use codecllm_engine::cuda::{CudaBackend, Device};
 use codecllm_engine::weights::Loader;
@@ -53,7 +53,7 @@ pub fn measure(index: usize, shape: ModelShape, formats: &[Format], seed: u64, r
     for format in std::iter::once(None).chain(formats.iter().copied().map(Some)) {
         let label = format.map_or("bf16 plain".to_string(), |f| format!("encoded {f}"));
         eprintln!("{label}");
-        let encoded = format.map(|format| drawn.encode(format)).transpose()?;
+        let encoded = format.map(|format| drawn.encode(format, Prefer::Speed)).transpose()?;
         let source = encoded.as_ref().unwrap_or(&drawn);
         let free_before = device.memory()?.0;
         let backend = CudaBackend::new(Device::open(index)?)?;

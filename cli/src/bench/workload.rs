@@ -1,10 +1,10 @@
 //! What a bench runs over: the matrices of a model (real or drawn from a seed), or of one shape.
 
 use bytes::Bytes;
-use codecllm_codec::Cpu;
-use codecllm_codec::Format;
 use codecllm_codec::checkpoint::{Checkpoint, Dtype, Tensor};
 use codecllm_codec::encoded::{Checks, EncodeOptions, EncodedTensor, encode_tensor};
+use codecllm_codec::quantize::rms;
+use codecllm_codec::{Cpu, Format, Prefer};
 use codecllm_engine::{Config, TensorSource};
 use half::bf16;
 use rand::rngs::SmallRng;
@@ -301,12 +301,12 @@ impl DrawnModel {
     }
 
     /// The same with its matrices encoded.
-    pub fn encode(&self, format: Format) -> Result<Self> {
-        let options = EncodeOptions { format, ..EncodeOptions::default() };
+    pub fn encode(&self, format: Format, prefer: Prefer) -> Result<Self> {
         let encode = |(name, tensor): (&String, &Tensor)| -> Result<(String, Tensor)> {
             if tensor.shape.len() != 2 {
                 return Ok((name.clone(), tensor.clone()));
             }
+            let options = encode_options(format, prefer, tensor)?;
             let data = Bytes::from(encode_tensor(tensor, &options).map_err(|e| e.in_tensor(name))?);
             Ok((name.clone(), Tensor { dtype: Dtype::U8, shape: vec![data.len()], data, ..tensor.clone() }))
         };
@@ -440,6 +440,13 @@ impl Weights {
         });
         data.into()
     }
+}
+
+/// Options for a format; `rate` gets a step that makes about four bits a weight.
+pub fn encode_options(format: Format, prefer: Prefer, tensor: &Tensor) -> Result<EncodeOptions> {
+    const STEP_PER_RMS: f64 = 0.25;
+    let step = (format == Format::Rate).then(|| rms(tensor).map(|rms| (STEP_PER_RMS * rms) as f32)).transpose()?;
+    Ok(EncodeOptions { format, prefer, step, ..EncodeOptions::default() })
 }
 
 /// A draw from the normal distribution (Box and Muller).
