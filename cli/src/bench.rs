@@ -9,7 +9,7 @@ use crate::output::{self, CliResult};
 use bytes::Bytes;
 use codecllm_codec::block::BLOCK_ROWS;
 use codecllm_codec::checkpoint::{Dtype, Tensor};
-use codecllm_codec::encoded::{Checks, CodesMut, EncodeOptions, EncodedTensor, encode_tensor};
+use codecllm_codec::encoded::{Checks, CodesMut, EncodedTensor, encode_tensor};
 use codecllm_codec::product::Operand;
 use codecllm_codec::quantize::{Codes, Scales, quantize, scale_of};
 use codecllm_codec::{Cpu, Format, Prefer, ScaleMode};
