@@ -242,6 +242,7 @@ pub fn run(args: Args) -> CliResult {
             coder: args.coder,
             prefer: args.prefer,
             step: None,
+            params: None,
         },
         rate: args.target.get(),
         layers: args.layers,

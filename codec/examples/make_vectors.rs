@@ -5,7 +5,6 @@ use bytes::Bytes;
 use codecllm_codec::block::Params;
 use codecllm_codec::{
     Checks, Coder, Cpu, Dtype, EncodeOptions, EncodedTensor, Format, Prefer, ScaleMode, Tensor, encode_tensor,
-    encode_with_params,
 };
 use serde_json::{Value, json};
 use std::path::Path;
@@ -91,13 +90,18 @@ fn main() {
     ] {
         let params = Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols: 64, bias };
         let name = format!("{format}-g{parts_per_symbol}-t{table_bits}-k{raw_bits}.bin");
-        let bytes = encode_with_params(&odd, format, ScaleMode::Channel, params).expect("encodes");
+        let bytes = encode_tensor(&odd, &EncodeOptions { format, params: Some(params), ..Default::default() })
+            .expect("encodes");
         good.push(golden(dir, &name, bytes));
     }
 
     // Damage to one small tensor with several blocks and patches, its checksums put right unless they are the point.
     let params = Params { parts_per_symbol: 4, table_bits: 8, raw_bits: 4, part_bits: 2, block_cols: 32, bias: 0 };
-    let base = encode_with_params(&matrix(40, 70), Format::Int8, ScaleMode::Channel, params).expect("encodes");
+    let base = encode_tensor(
+        &matrix(40, 70),
+        &EncodeOptions { format: Format::Int8, params: Some(params), ..Default::default() },
+    )
+    .expect("encodes");
     let u64_at = |i: usize| u64::from_le_bytes(base[i..i + 8].try_into().expect("8 bytes")) as usize;
     let align = |n: usize| n.next_multiple_of(64);
     let table = 128;

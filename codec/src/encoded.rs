@@ -46,7 +46,7 @@ pub enum Prefer {
 impl Prefer {
     /// What the work of decoding is charged, in bits a weight: look-ups, of which a symbol of more parts needs fewer, and
     /// the fields that raw bits are gathered from.
-    fn work_cost(self, params: &Params) -> f64 {
+    fn work_cost(self, format: Format, params: &Params) -> f64 {
         let table = f64::from(params.table_bits.saturating_sub(10));
         let look_ups = match (self, params.parts_per_symbol) {
             (Self::Size, _) => return 0.0,
@@ -55,8 +55,10 @@ impl Prefer {
             (Self::Balanced, _) => 0.002 * table,
             (Self::Speed, 1) => 1.0,
             (Self::Speed, 2) => 0.45 + 0.01 * table,
+            // Eight parts of one bit: where the codes are integers, GPU kernels have them.
+            (Self::Speed, 8) if format.is_integer() => 0.01 * table,
             (Self::Speed, 4) => 0.16 + 0.01 * table,
-            (Self::Speed, _) => 0.01 * table,
+            (Self::Speed, _) => 1.0,
         };
         look_ups + 0.008 * raw_fields(params.raw_bits).count() as f64
     }
@@ -85,7 +87,7 @@ impl std::str::FromStr for Prefer {
 }
 
 /// How to encode a tensor.
-#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EncodeOptions {
     /// What a code means.
     pub format: Format,
@@ -97,6 +99,8 @@ pub struct EncodeOptions {
     pub prefer: Prefer,
     /// `rate`: the distance of neighbouring grid points, in units of the weights; the others have none.
     pub step: Option<f32>,
+    /// The coder's parameters; `None` has the encoder choose them. `prefer` is then without effect, and `zstd` has none.
+    pub params: Option<Params>,
 }
 
 impl Default for EncodeOptions {
@@ -107,6 +111,7 @@ impl Default for EncodeOptions {
             coder: Coder::Rans,
             prefer: Prefer::Balanced,
             step: None,
+            params: None,
         }
     }
 }
@@ -972,25 +977,17 @@ fn metadata_checksum(metadata: &[u8]) -> u64 {
 /// depend on their number.
 ///
 /// # Errors
-/// A tensor that is not a non-empty matrix of BF16, F16 or F32; a weight that the format cannot hold.
+/// A tensor that is not a non-empty matrix of BF16, F16 or F32; a weight that the format cannot hold; parameters that break
+/// the format's rules.
 pub fn encode_tensor(t: &Tensor, options: &EncodeOptions) -> Result<Vec<u8>> {
-    encode(t, options, None)
-}
-
-/// [`encode_tensor`] with coder `rans` and parameters that the caller chose.
-///
-/// # Errors
-/// Also parameters that break the format's rules.
-pub fn encode_with_params(t: &Tensor, format: Format, scale: ScaleMode, params: Params) -> Result<Vec<u8>> {
-    params.validate(format)?;
-    encode(t, &EncodeOptions { format, scale, ..Default::default() }, Some(params))
-}
-
-fn encode(t: &Tensor, options: &EncodeOptions, mut params: Option<Params>) -> Result<Vec<u8>> {
+    let mut params = options.params;
+    if let Some(params) = params {
+        params.validate(options.format)?;
+    }
     let (n_rows, n_cols) = matrix_shape(t)?;
     let q = match (options.format, options.step) {
         (Format::Rate, Some(step)) => {
-            let (q, chosen) = quantize_for_coder(t, step, options, params)?;
+            let (q, chosen) = quantize_for_coder(t, step, options)?;
             params = chosen;
             q
         }
@@ -1034,12 +1031,11 @@ fn quantize_for_coder<'a>(
     t: &'a Tensor,
     step: f32,
     options: &EncodeOptions,
-    params: Option<Params>,
 ) -> Result<(QuantizedTensor<'a>, Option<Params>)> {
     if options.coder == Coder::Zstd {
         return Ok((quantize_to_step(t, step, None)?, None));
     }
-    let params = match params {
+    let params = match options.params {
         Some(params) => params,
         None => {
             let nearest = quantize_to_step(t, step, None)?;
@@ -1219,7 +1215,7 @@ fn choose_params<T: CodeType>(format: Format, codes: &[T], n_rows: usize, n_cols
             let entropy: f64 =
                 parts.iter().filter(|&&c| c > 0).map(|&c| c as f64 / n as f64).map(|p| -p * p.log2()).sum();
             let floor = entropy + f64::from(raw_bits) + patched as f64 / n as f64 * crate::entropy::PATCH_BITS;
-            candidates.push((floor + prefer.work_cost(&params), params));
+            candidates.push((floor + prefer.work_cost(format, &params), params));
         }
     }
     candidates.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -1238,7 +1234,7 @@ fn choose_params<T: CodeType>(format: Format, codes: &[T], n_rows: usize, n_cols
             }
             let choice = choose_table(&counts, params.parts_per_symbol, params.part_bits, table_bits);
             let bits = choice.cost_bits / counted as f64 + f64::from(params.raw_bits);
-            let cost = bits + prefer.work_cost(&params);
+            let cost = bits + prefer.work_cost(format, &params);
             if best.is_none_or(|(least, _)| cost < least) {
                 best = Some((cost, params));
             }

@@ -5,7 +5,7 @@ mod common;
 use bytes::Bytes;
 use codecllm_codec::block::Params;
 use codecllm_codec::quantize::quantize;
-use codecllm_codec::{Checks, Cpu, Dtype, EncodedTensor, Format, Operand, ScaleMode, encode_with_params};
+use codecllm_codec::{Checks, Cpu, Dtype, EncodeOptions, EncodedTensor, Format, Operand, ScaleMode, encode_tensor};
 use common::{tensor, weights};
 
 #[test]
@@ -28,7 +28,9 @@ fn every_decoder_decodes_every_set() {
                             continue;
                         }
                         n_sets += 1;
-                        let bytes = encode_with_params(&t, format, ScaleMode::Channel, params).unwrap();
+                        let bytes =
+                            encode_tensor(&t, &EncodeOptions { format, params: Some(params), ..Default::default() })
+                                .unwrap();
                         let encoded = EncodedTensor::parse(Bytes::from(bytes), Checks::Full).unwrap();
                         let mut products: Vec<Vec<f32>> = Vec::new();
                         for cpu in Cpu::available() {

@@ -76,7 +76,7 @@ fn all_options() -> Vec<EncodeOptions> {
         for &scale in ScaleMode::ALL {
             for &coder in Coder::ALL {
                 for prefer in [Prefer::Size, Prefer::Balanced, Prefer::Speed] {
-                    all.push(EncodeOptions { format, scale, coder, prefer, step: Some(STEP) });
+                    all.push(EncodeOptions { format, scale, coder, prefer, step: Some(STEP), params: None });
                 }
             }
         }

@@ -611,6 +611,7 @@ __device__ __forceinline__ void gather(const Launch& launch) {
     }
 
 // What the encoder chooses, and a kernel for everything else. engine/src/cuda/encoded.rs has the same list.
+KERNELS(INT8, int8, 4, 1, _g4_k1)
 KERNELS(INT8, int8, 4, 2, _g4_k2)
 KERNELS(INT8, int8, 4, 3, _g4_k3)
 KERNELS(INT8, int8, 4, 4, _g4_k4)
@@ -618,12 +619,15 @@ KERNELS(INT8, int8, 4, 5, _g4_k5)
 KERNELS(INT8, int8, 4, 6, _g4_k6)
 KERNELS(INT8, int8, 8, 3, _g8_k3)
 KERNELS(INT8, int8, 8, 4, _g8_k4)
+KERNELS(INT8, int8, 8, 5, _g8_k5)
+KERNELS(INT8, int8, 8, 6, _g8_k6)
 KERNELS(INT8, int8, 8, 7, _g8_k7)
 KERNELS(INT8, int8, ANY, ANY, _any)
 KERNELS(FP8, fp8, 4, 6, _g4_k6)
 KERNELS(FP8, fp8, 2, 3, _g2_k3)
 KERNELS(FP8, fp8, ANY, ANY, _any)
 KERNELS(BF16, bf16, 4, 9, _g4_k9)
+KERNELS(BF16, bf16, 4, 10, _g4_k10)
 KERNELS(BF16, bf16, 2, 7, _g2_k7)
 KERNELS(BF16, bf16, 2, 8, _g2_k8)
 KERNELS(BF16, bf16, ANY, ANY, _any)

@@ -65,7 +65,7 @@ pub fn compress(src: &Path, dst: &Path, options: &CompressOptions, progress: &dy
     let selected = options.layers.select(&source)?;
     let settings = Settings::new(options);
     let target = Target::new(src, dst, options.force, progress)?;
-    let steps = match (options.encode.format, options.rate) {
+    let chosen = match (options.encode.format, options.rate) {
         (Format::Rate, Some(rate)) => choose_steps(&source, &selected, rate, &options.encode, progress)?,
         (Format::Rate, None) => {
             return Err(Error::Parameter(
@@ -75,7 +75,7 @@ pub fn compress(src: &Path, dst: &Path, options: &CompressOptions, progress: &dy
         (format, Some(_)) => return Err(Error::Parameter(format!("format `{format}` takes no target"))),
         _ => HashMap::new(),
     };
-    let job = Job { source: &source, selected, encode: options.encode, steps, progress };
+    let job = Job { source: &source, selected, encode: options.encode, chosen, progress };
     job.note_rounding();
     let mut partial = Partial::open(target, settings.clone(), options.resume, progress)?;
     match job.fill(&mut partial, config, settings) {
@@ -109,7 +109,7 @@ struct Job<'a> {
     selected: HashSet<&'a str>,
     encode: EncodeOptions,
     /// `rate`: by tensor.
-    steps: HashMap<String, f32>,
+    chosen: HashMap<String, EncodeOptions>,
     progress: &'a dyn Progress,
 }
 
@@ -237,8 +237,8 @@ impl Job<'_> {
             self.progress.tensor(&info.name);
             let tensor = self.source.tensor(&info.name)?;
             if self.is_selected(info) {
-                let encode = EncodeOptions { step: self.steps.get(&info.name).copied(), ..self.encode };
-                let bytes = encode_tensor(&tensor, &encode).map_err(|e| {
+                let encode = self.chosen.get(&info.name).unwrap_or(&self.encode);
+                let bytes = encode_tensor(&tensor, encode).map_err(|e| {
                     let path = self.source.path().join(&shard.file_name);
                     e.in_tensor(&info.name).within(path.display())
                 })?;

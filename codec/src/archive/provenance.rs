@@ -79,7 +79,7 @@ pub struct Settings {
 
 impl Settings {
     pub(super) fn new(options: &CompressOptions) -> Self {
-        let EncodeOptions { format, scale, coder, prefer, step: _ } = options.encode;
+        let EncodeOptions { format, scale, coder, prefer, step: _, params: _ } = options.encode;
         Self {
             format,
             scale: matches!(format, Format::Fp8 | Format::Int8).then_some(scale),

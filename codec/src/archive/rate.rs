@@ -6,7 +6,7 @@
 
 use super::layers::{is_embedding_or_head, last_module};
 use super::{Progress, check_stopped};
-use crate::block::BLOCK_ROWS;
+use crate::block::{BLOCK_ROWS, Params};
 use crate::checkpoint::{Checkpoint, Tensor, TensorInfo};
 use crate::encoded::{Checks, EncodeOptions, EncodedTensor, encode_tensor};
 use crate::error::{Error, Result};
@@ -36,8 +36,10 @@ impl std::fmt::Display for RateTarget {
     }
 }
 
-/// Weights of a tensor that its size is estimated from; whole row blocks, so at least 32 rows.
-const SAMPLE_WEIGHTS: usize = 1 << 18;
+/// Weights that a model's size is estimated from, in equal shares of its tensors but not fewer than `MIN_SAMPLE` of one; whole
+/// row blocks, so at least 32 rows.
+const SAMPLE_WEIGHTS: usize = 1 << 24;
+const MIN_SAMPLE: usize = 1 << 18;
 /// About what a shard's header takes for a tensor, its name aside, and what the provenance takes.
 const LISTING_BYTES: usize = 90;
 const PROVENANCE_BYTES: usize = 2500;
@@ -73,17 +75,19 @@ struct Candidate<'a> {
     sample: Tensor,
     /// Step at θ = 1.
     unit: f64,
+    /// The coder's parameters. Its size is smooth in θ only while these stay as they are.
+    params: Option<Params>,
     /// Bits a weight beyond the entropy of the codes.
     overhead: f64,
 }
 
 impl<'a> Candidate<'a> {
-    fn new(source: &Checkpoint, info: &'a TensorInfo) -> Result<Self> {
+    fn new(source: &Checkpoint, info: &'a TensorInfo, sample_weights: usize) -> Result<Self> {
         let tensor = source.tensor(&info.name)?;
         let (n_rows, n_cols) = (info.shape[0], info.shape[1]);
         let row_bytes = info.n_bytes / n_rows;
         let n_blocks = n_rows.div_ceil(BLOCK_ROWS);
-        let wanted = SAMPLE_WEIGHTS.div_ceil(BLOCK_ROWS * n_cols).clamp(1, n_blocks);
+        let wanted = sample_weights.div_ceil(BLOCK_ROWS * n_cols).clamp(1, n_blocks);
         let mut data = Vec::new();
         for i in 0..wanted {
             let first = i * n_blocks / wanted * BLOCK_ROWS;
@@ -94,7 +98,7 @@ impl<'a> Candidate<'a> {
         let sample = Tensor { name: info.name.clone(), dtype: info.dtype, shape, data: Bytes::from(data) };
         let rms = crate::quantize::rms(&sample)?;
         let unit = if rms > 0.0 { rms * role_weight(source, info) } else { 1.0 };
-        Ok(Self { info, sample, unit, overhead: 0.05 })
+        Ok(Self { info, sample, unit, params: None, overhead: 0.05 })
     }
 
     fn step(&self, theta: f64) -> f32 {
@@ -109,9 +113,14 @@ impl<'a> Candidate<'a> {
         Ok((self.entropy(theta)? + self.overhead) * self.info.n_elements() as f64)
     }
 
-    /// Learns the overhead from encoding the sample.
-    fn measure_overhead(&mut self, theta: f64, options: &EncodeOptions) -> Result<()> {
-        let options = EncodeOptions { step: Some(self.step(theta)), ..*options };
+    /// How the tensor is encoded.
+    fn options(&self, theta: f64, options: &EncodeOptions) -> EncodeOptions {
+        EncodeOptions { step: Some(self.step(theta)), params: self.params, ..*options }
+    }
+
+    /// Learns the overhead from encoding the sample; the parameters that were chosen for it.
+    fn measure_overhead(&mut self, theta: f64, options: &EncodeOptions) -> Result<Option<Params>> {
+        let options = self.options(theta, options);
         let encoded = EncodedTensor::parse(encode_tensor(&self.sample, &options)?.into(), Checks::None)?;
         let sizes = encoded.sizes();
         let fixed = sizes.header + sizes.tables + sizes.padding;
@@ -119,11 +128,11 @@ impl<'a> Candidate<'a> {
         let bits = bits_of(sizes.total() - fixed, self.sample.shape[0] * self.sample.shape[1])
             + bits_of(fixed, self.info.n_elements());
         self.overhead = bits - self.entropy(theta)?;
-        Ok(())
+        Ok(encoded.params().copied())
     }
 }
 
-/// The steps of the selected tensors.
+/// How each of the selected tensors is encoded.
 ///
 /// # Errors
 /// A target that the format cannot meet: the message says what it can.
@@ -133,11 +142,12 @@ pub(super) fn choose_steps(
     target: RateTarget,
     options: &EncodeOptions,
     progress: &dyn Progress,
-) -> Result<HashMap<String, f32>> {
+) -> Result<HashMap<String, EncodeOptions>> {
+    let sample_weights = (SAMPLE_WEIGHTS / selected.len().max(1)).max(MIN_SAMPLE);
     let mut candidates = Vec::new();
     for info in source.tensors().iter().filter(|t| selected.contains(t.name.as_str())) {
         check_stopped(progress)?;
-        candidates.push(Candidate::new(source, info).map_err(|e| e.in_tensor(&info.name))?);
+        candidates.push(Candidate::new(source, info, sample_weights).map_err(|e| e.in_tensor(&info.name))?);
     }
     let theta = match target {
         RateTarget::Step(theta) => theta,
@@ -153,16 +163,20 @@ pub(super) fn choose_steps(
             let listed: usize = source.tensors().iter().map(|t| t.name.len() + LISTING_BYTES).sum();
             let kept = kept + 8.0 * (listed + PROVENANCE_BYTES) as f64;
             let mut theta = theta_for(&candidates, wanted - kept, n_weights, kept)?;
-            // The overhead depends on θ, though little: twice is enough.
-            for _ in 0..2 {
+            // The first two looks are at what the encoder chooses and what that costs; the choice then stands.
+            for fixed in [false, true, true] {
                 check_stopped(progress)?;
-                candidates.par_iter_mut().try_for_each(|c| c.measure_overhead(theta, options))?;
+                candidates.par_iter_mut().try_for_each(|c| {
+                    let params = c.measure_overhead(theta, options)?;
+                    c.params = params.filter(|_| fixed);
+                    Ok::<_, Error>(())
+                })?;
                 theta = theta_for(&candidates, wanted - kept, n_weights, kept)?;
             }
             theta
         }
     };
-    Ok(candidates.iter().map(|c| (c.info.name.clone(), c.step(theta))).collect())
+    Ok(candidates.iter().map(|c| (c.info.name.clone(), c.options(theta, options))).collect())
 }
 
 /// The θ at which the candidates take `wanted` bits together.

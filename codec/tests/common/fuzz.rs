@@ -6,7 +6,7 @@ use codecllm_codec::archive::{self, PROVENANCE_FILE, Silent};
 use codecllm_codec::block::Params;
 use codecllm_codec::quantize::quantize;
 use codecllm_codec::{
-    Checkpoint, Checks, Cpu, Dtype, EncodedTensor, Format, Operand, ScaleMode, Tensor, encode_with_params,
+    Checkpoint, Checks, Cpu, Dtype, EncodeOptions, EncodedTensor, Format, Operand, ScaleMode, Tensor, encode_tensor,
 };
 
 /// Any bytes: every decoder must do as the plain one does, be it codes or an error, and stay in bounds.
@@ -45,7 +45,8 @@ pub fn round_trip(data: &[u8]) {
     let data = Bytes::copy_from_slice(&rest[..2 * n_rows * n_cols]);
     let t = Tensor { name: "w".into(), dtype: Dtype::Bf16, shape: vec![n_rows, n_cols], data };
     let Ok(expected) = quantize(&t, format, ScaleMode::Channel) else { return };
-    let bytes = encode_with_params(&t, format, ScaleMode::Channel, params).expect("a quantizable tensor encodes");
+    let bytes = encode_tensor(&t, &EncodeOptions { format, params: Some(params), ..Default::default() })
+        .expect("a quantizable tensor encodes");
     let encoded = EncodedTensor::parse(bytes.into(), Checks::Full).expect("what was encoded parses");
     for cpu in Cpu::available() {
         assert!(encoded.decode_codes(cpu).expect("what was encoded decodes") == expected.codes, "{cpu} {params:?}");

@@ -26,6 +26,7 @@ const MAX_ROW_BLOCKS: usize = 1 << 16;
 /// Parts a symbol and raw bits that have kernels of their own: what the encoder chooses. The others share one that is
 /// several times slower.
 const INSTANCES: &[(Format, u32, u32)] = &[
+    (Format::Int8, 4, 1),
     (Format::Int8, 4, 2),
     (Format::Int8, 4, 3),
     (Format::Int8, 4, 4),
@@ -33,10 +34,13 @@ const INSTANCES: &[(Format, u32, u32)] = &[
     (Format::Int8, 4, 6),
     (Format::Int8, 8, 3),
     (Format::Int8, 8, 4),
+    (Format::Int8, 8, 5),
+    (Format::Int8, 8, 6),
     (Format::Int8, 8, 7),
     (Format::Fp8, 4, 6),
     (Format::Fp8, 2, 3),
     (Format::Bf16, 4, 9),
+    (Format::Bf16, 4, 10),
     (Format::Bf16, 2, 7),
     (Format::Bf16, 2, 8),
 ];
@@ -578,7 +582,7 @@ mod tests {
     use super::*;
     use codecllm_codec::encoded::{Checks, EncodeOptions};
     use codecllm_codec::quantize::{Codes, code_value};
-    use codecllm_codec::{Cpu, Dtype, Operand, Prefer, ScaleMode, Tensor, encode_tensor, encode_with_params};
+    use codecllm_codec::{Cpu, Dtype, Operand, Prefer, Tensor, encode_tensor};
     use half::bf16;
     use std::path::PathBuf;
 
@@ -637,7 +641,9 @@ mod tests {
                         // The magnitudes below about 0.25.
                         params.bias = (125 << 7) - (1 << (w + k.saturating_sub(1))).min(125 << 7);
                     }
-                    if let Ok(bytes) = encode_with_params(&source, format, ScaleMode::Channel, params) {
+                    if let Ok(bytes) =
+                        encode_tensor(&source, &EncodeOptions { format, params: Some(params), ..Default::default() })
+                    {
                         all.push((format!("{n_rows} × {n_cols} {format} {params:?}"), parse(bytes)));
                     }
                 }
@@ -889,7 +895,10 @@ mod tests {
                 if n_rows * n_cols > 1 << 25 && params.block_cols < 256 {
                     continue;
                 }
-                let t = parse(encode_with_params(source, format, ScaleMode::Channel, params).unwrap());
+                let t = parse(
+                    encode_tensor(source, &EncodeOptions { format, params: Some(params), ..Default::default() })
+                        .unwrap(),
+                );
                 let copies = (300_000_000 / t.bytes().len()).clamp(2, 40);
                 let matrices: Vec<_> =
                     (0..copies).map(|_| EncodedMatrix::new(&device, &kernels, &t).unwrap()).collect();
