@@ -168,7 +168,7 @@ __device__ __noinline__ Quad assemble_any(const Matrix& m, u64 parts, const u32*
 
 // A warp's window on a block's stream: four chunks of 512 bytes, and the first again behind the last, so that reads that begin within the
 // ring need not wrap.
-constexpr u32 PREFETCH = 4;  // units of raw bits
+constexpr u32 PREFETCH = 8;  // units of raw bits
 constexpr u32 CHUNK = 512, RING = 2048, RING_BYTES = RING + CHUNK;
 
 struct Reader {
@@ -248,8 +248,9 @@ struct Reader {
 
 // Brings a block's first raw bits as near as the L2 cache.
 __device__ __forceinline__ void prefetch_raw(const Matrix& m, u32 i, u32 j, u32 lane) {
-    const u32 k = m.raw_bits, unit = i * m.n_units + j * (m.block_cols / 32);
-    if (lane < k) asm volatile("prefetch.global.L2 [%0];" ::"l"(m.raw + ((u64)unit * k + lane) * 32));
+    const u32 units = m.block_cols / 32, first = j * units, lines = min(min(units, PREFETCH), m.n_units - first) * m.raw_bits;
+    const u32* raw = m.raw + (u64)(i * m.n_units + first) * m.raw_bits * 32;
+    for (u32 l = lane; l < lines; l += 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(raw + l * 32));
 }
 
 // The same for all that a block begins with.

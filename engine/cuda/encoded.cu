@@ -17,6 +17,7 @@ struct Task {
     u32 first_cta, n_ctas;
     u32 strip;          // blocks of a row that a warp takes at once
     u32 n_strips;
+    u32 span;           // strips, of whole row blocks, that a thread block takes at once, a warp each; 0: it takes any
     u32 codec;          // G and K, or 0 for any: see with_codec
     u32 adds;           // the product is added to what `out` holds
 };
@@ -363,16 +364,16 @@ struct GatherSink {
 __device__ __forceinline__ void add(i64& sum, u64 partial) { sum += (i64)partial; }
 __device__ __forceinline__ void add(double& sum, u64 partial) { sum += __longlong_as_double((i64)partial); }
 
-// Row `i * 32 + lane` of the product for TOKENS tokens from `first` on: its strips, added up in their order, times the scale, and the bias.
+// Row `i * 32 + lane` of the product for TOKENS tokens from `first` on: its parts, added up in their order, times the scale, and the bias.
 template <int FORMAT, int TOKENS>
 __device__ __forceinline__ void add_up(const Task& task, const Launch& launch, double unit, u32 i, u32 lane, u32 first, float (&y)[TOKENS]) {
-    const u32 row = i * 32 + lane, n_tokens = launch.n_tokens;
+    const u32 row = i * 32 + lane, n_tokens = launch.n_tokens, n_parts = task.span ? 1 : task.n_strips;
     const bool exists = row < task.matrix.n_rows;
     const float scale = exists ? scale_of<FORMAT>(task.matrix, row) : 0, bias = task.bias && exists ? task.bias[row] : 0;
     typename std::conditional<FORMAT == INT8, i64, double>::type sums[TOKENS] = {};
-    const u64* from = task.partials + ((u64)i * task.n_strips * n_tokens + first) * 32 + lane;
+    const u64* from = task.partials + ((u64)i * n_parts * n_tokens + first) * 32 + lane;
 #pragma unroll (8 / TOKENS)
-    for (u32 s = 0; s < task.n_strips; s++, from += n_tokens * 32) {
+    for (u32 s = 0; s < n_parts; s++, from += n_tokens * 32) {
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
             if (TOKENS == 1 || first + t < n_tokens) add(sums[t], __ldcg(from + t * 32));
@@ -386,21 +387,24 @@ __device__ __forceinline__ void add_up(const Task& task, const Launch& launch, d
     }
 }
 
-// Adds up the strips of a row block, once the last of them is there, always in the same order. Takes TOKENS at a time.
+// Adds up the parts of a row block, once the last of them is there, always in the same order. Takes TOKENS at a time.
 // `unit` is what one token's sums are worth, the scale aside. Not inline, for the registers of the loops around it.
 template <int FORMAT, int TOKENS>
 __device__ __noinline__ void finish_rows(const Task& own, const Launch& launch, double unit, u32 i, u32 lane) {
-    // Release and acquire rather than __threadfence, which would throw the first-level cache away with every strip.
-    __syncwarp();
-    u32 before = 0;
-    if (lane == 0) asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(own.arrived + i) : "memory");
     const Task& task = launch.gated ? launch.tasks[0] : own;
     const Task& second = launch.tasks[1];
-    const u32 n_strips = task.n_strips + (launch.gated ? second.n_strips : 0);
-    if (__shfl_sync(FULL, before, 0) != n_strips - 1) return;
-    if (lane == 0) task.arrived[i] = 0;
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    const u32 n_parts = (task.span ? 1 : task.n_strips) + (!launch.gated ? 0 : second.span ? 1 : second.n_strips);
     const u32 row = i * 32 + lane, n_rows = task.matrix.n_rows, n_tokens = launch.n_tokens;
+    if (n_parts > 1) {
+        // Release and acquire rather than __threadfence, which would throw the first-level cache away with every part.
+        __syncwarp();
+        u32 before = 0;
+        if (lane == 0) asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(own.arrived + i) : "memory");
+        before = __shfl_sync(FULL, before, 0);
+        __syncwarp();
+        if (before != n_parts - 1) return;
+        if (lane == 0) task.arrived[i] = 0;
+    }
     for (u32 first = 0; first < n_tokens; first += TOKENS) {
         float y[TOKENS], up[TOKENS];
         add_up<FORMAT, TOKENS>(task, launch, unit, i, lane, first, y);
@@ -416,10 +420,28 @@ __device__ __noinline__ void finish_rows(const Task& own, const Launch& launch, 
     }
 }
 
+// Adds up one token's parts of the warps that share a row block; true in the first of these, which then has their sum.
+// `tile` is the warp's place in shared memory, the others' are `stride` apart.
+template <class T>
+__device__ __forceinline__ bool share_rows(const Task& task, T& sum, u32 tile, u32 stride, u32 lane) {
+    const u32 in_row = threadIdx.x / 32 % task.n_strips, barrier = 1 + threadIdx.x / 32 / task.n_strips, threads = task.n_strips * 32;
+    asm volatile("st.shared.u64 [%0], %1;" ::"r"(tile + 8 * lane), "l"(*(u64*)&sum) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    if (in_row == 0) {
+        for (u32 s = 1; s < task.n_strips; s++) {
+            u64 part;
+            asm volatile("ld.shared.u64 %0, [%1];" : "=l"(part) : "r"(tile + s * stride + 8 * lane) : "memory");
+            sum += *(T*)&part;
+        }
+    }
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    return in_row == 0;
+}
+
 // One token. int8: exact, x in two signed bytes (base 255). Others: float32, four sums a row, one for each column modulo 4.
 template <int FORMAT>
 struct DotSink {
-    static constexpr int TILE_BYTES = FORMAT == INT8 ? 256 : 0;
+    static constexpr int TILE_BYTES = 256;
     const Matrix& m;
     const u8* x;  // shared, the columns four by four. int8: high 4, low 4; others: f32. Behind them, what a sum is worth (double)
     Patches patches;
@@ -454,6 +476,8 @@ struct DotSink {
     __device__ __forceinline__ void begin_strip(u32 i_) {
         i = i_, high = low = 0;
         for (int c = 0; c < 4; c++) sums[c] = 0;
+        // They are needed at the end.
+        if (lane == 0 && m.scale_kind > 1) asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)m.scales + (m.scale_kind == 2 ? 128 : 64) * (u64)i));
     }
     __device__ __forceinline__ void begin_block(u32 j) {
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
@@ -511,9 +535,22 @@ struct DotSink {
         }
     }
     __device__ __forceinline__ void end_strip(const Task& task, const Launch& launch, u32 strip) {
-        u64* to = task.partials + (u64)(i * task.n_strips + strip) * 32 + lane;
-        if (FORMAT == INT8) *to = (u64)(255 * (i64)high + low);
-        else *to = (u64)__double_as_longlong((double)sums[0] + sums[1] + ((double)sums[2] + sums[3]));
+        typename std::conditional<FORMAT == INT8, i64, double>::type sum;
+        if constexpr (FORMAT == INT8) sum = 255 * (i64)high + low;
+        else sum = (double)sums[0] + sums[1] + ((double)sums[2] + sums[3]);
+        if (task.span) {
+            if (!share_rows(task, sum, scratch, RING_BYTES + TILE_BYTES, lane)) return;
+            const u32 row = i * 32 + lane;
+            if (!launch.gated) {
+                if (row >= m.n_rows) return;
+                float* out = (float*)task.out + row;
+                float y = (float)((double)sum * ((double)scale_of<FORMAT>(m, row) * *(const double*)unit_at()));
+                if (task.bias) y += task.bias[row];
+                *out = task.adds ? *out + y : y;
+                return;
+            }
+        }
+        task.partials[(u64)(task.span ? i : i * task.n_strips + strip) * 32 + lane] = *(u64*)&sum;
         finish_rows<FORMAT, 1>(task, launch, *(const double*)unit_at(), i, lane);
     }
 };
@@ -645,9 +682,12 @@ __device__ __forceinline__ void go_over_strips(const Launch& launch, With with) 
     const Task& task = find_task(launch);
     const Matrix& m = task.matrix;
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
-    const u32 n_items = (m.n_rows + 31) / 32 * task.n_strips, first = warp * task.n_ctas + blockIdx.x - task.first_cta;
+    const u32 n_all = (m.n_rows + 31) / 32 * task.n_strips, cta = blockIdx.x - task.first_cta;
+    // The warps past `span` only help with what comes first.
+    const u32 n_items = task.span && warp >= task.span ? 0 : n_all;
+    const u32 first = task.span ? cta * task.span + warp : warp * task.n_ctas + cta;
+    const u32 step = task.n_ctas * (task.span ? task.span : n_warps);
     const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, Sink::TILE_BYTES);
-    start_next();
     // What depends on no other kernel: the first block's bytes, and the table.
     Reader reader;
     if (first < n_items) {
@@ -658,6 +698,8 @@ __device__ __forceinline__ void go_over_strips(const Launch& launch, With with) 
     load_table(m, (uint2*)shared_memory);
     Sink sink(launch, task, ring + RING_BYTES, lane);
     wait_for_previous();
+    // Not before: of three kernels on the way at once, some multiprocessors would get several thread blocks, others none.
+    start_next();
     sink.prepare(launch, shared_memory + (8 << m.table_bits) + n_warps * (RING_BYTES + Sink::TILE_BYTES));
     __syncthreads();
     with(task.codec, [&](auto codec) {
@@ -669,7 +711,7 @@ __device__ __forceinline__ void go_over_strips(const Launch& launch, With with) 
                 // The block after this one.
                 u32 next_i = i, next_j = j + 1;
                 if (next_j == end) {
-                    item += n_warps * task.n_ctas;
+                    item += step;
                     next_i = item / task.n_strips, next_j = item % task.n_strips * task.strip;
                 }
                 if (item < n_items) prefetch_block(m, next_i, next_j, lane);

@@ -136,8 +136,9 @@ __device__ __forceinline__ void matvec(const Matvec& p) {
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
     for (uint32_t slot = 0; slot < DEPTH; slot++) fetch(slot);
-    start_next();
     wait_for_previous();
+    // Not before: of three kernels on the way at once, some multiprocessors would get several blocks, others none.
+    start_next();
 
     const float* x = p.x + size_t(blockIdx.y) * p.n_cols;
     float sum = 0;
@@ -450,9 +451,9 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
     const uint32_t position = *(volatile const uint32_t*)heads.first_position;
     const uint32_t first = p.window && position + 1 > p.window ? position + 1 - p.window : 0;
     const uint32_t n_tiles = (position + 1 - first + ONE_TILE - 1) / ONE_TILE, n_shares = min(n_tiles, gridDim.y);
-    start_next();
     if (blockIdx.y >= n_shares) {
         wait_for_previous();
+        start_next();
         return;
     }
 
@@ -470,6 +471,7 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
     load(heads.keys, blockIdx.y, k);
     load(heads.values, blockIdx.y, v);
     wait_for_previous();
+    start_next();
 
     const bool has_own = (n_tiles - 1) % n_shares == blockIdx.y;
     const float root = rsqrtf(head_dim);

@@ -14,6 +14,8 @@ use std::sync::Arc;
 pub(super) const PRODUCT_TOKENS: usize = 16;
 /// Tensors in a launch, as the kernels declare it.
 const MAX_TASKS: usize = 8;
+/// Barriers of a thread block, of which one is for all.
+const MAX_BARRIERS: usize = 16;
 /// Bytes of a warp's window on its stream.
 const RING_BYTES: u32 = 2560;
 /// What a decode to rows needs: tiles where warps collect them.
@@ -71,6 +73,7 @@ struct Task {
     n_ctas: u32,
     strip: u32,
     n_strips: u32,
+    span: u32,
     codec: u32,
     adds: u32,
 }
@@ -110,6 +113,13 @@ struct Needs {
     warps: u32,
     /// Whether half as many warps a block do as well.
     splits: bool,
+}
+
+impl Needs {
+    /// Warps of a block that has `shared` bytes.
+    fn fit(&self, table_bytes: u32, shared: u32) -> u32 {
+        (shared.saturating_sub(table_bytes + self.block_bytes) / (RING_BYTES + self.tile_bytes)).min(self.warps)
+    }
 }
 
 /// The kernels, loaded, and the memory that products share.
@@ -372,22 +382,24 @@ impl EncodedKernels {
         let items = |t: &Task| t.matrix.n_rows.div_ceil(BLOCK_ROWS as u32) as usize * t.n_strips as usize;
         let total: usize = tasks.iter().map(items).sum();
         let table_bytes = tasks.iter().map(|t| 8 << t.matrix.table_bits).max().unwrap_or(0);
-        let (once, a_warp) = (table_bytes + needs.block_bytes, RING_BYTES + needs.tile_bytes);
-        let fit = |shared: u32| (shared.saturating_sub(once) / a_warp).min(needs.warps);
-        // Thread blocks that leave half of a multiprocessor free let the next kernel's start in it; and where there is work for more, two of
-        // them do as much as one.
+        let fit = |shared: u32| needs.fit(table_bytes, shared);
+        // Thread blocks that leave half of a multiprocessor free let the next kernel's start in it; and where there is work
+        // for more, two of them do as much as one. What has no block to decode helps with the table and the activations.
         let half = needs.warps / 2;
+        let span = tasks.iter().map(|t| t.span).max().unwrap_or(0);
         let (n_warps, n_ctas) = match fit(self.shared_limit / 2 - 1024) >= half && needs.splits {
+            _ if span > 0 => (span.max(half).min(fit(self.shared_limit)), 0),
             true if total <= (self.n_multiprocessors * half) as usize => (half, self.n_multiprocessors),
             true => (half, 2 * self.n_multiprocessors),
             false => (fit(self.shared_limit), self.n_multiprocessors),
         };
-        if n_warps == 0 {
+        if n_warps < span.max(1) {
             return Err(Error::unsupported(
                 "encoded tensor",
                 format!(
-                    "its table and input take {once} bytes of shared memory, the GPU has {} a block; compress the model \
+                    "its table and input take {} bytes of shared memory, the GPU has {} a block; compress the model \
                      with --prefer speed",
+                    table_bytes + needs.block_bytes,
                     self.shared_limit
                 ),
             ));
@@ -395,12 +407,17 @@ impl EncodedKernels {
         let mut first_cta = 0;
         for task in tasks.iter_mut() {
             task.first_cta = first_cta;
+            if span > 0 {
+                task.n_ctas = (items(task) as u32).div_ceil(span);
+                first_cta += task.n_ctas;
+                continue;
+            }
             let n_items = items(task);
             let share = (n_items * n_ctas as usize / total).max(1);
             task.n_ctas = share.min(n_items) as u32;
             first_cta += task.n_ctas;
         }
-        let shared_bytes = once + n_warps * a_warp;
+        let shared_bytes = table_bytes + needs.block_bytes + n_warps * (RING_BYTES + needs.tile_bytes);
         let grid = Grid { blocks: (first_cta, 1, 1), threads: 32 * n_warps, shared_bytes };
         // SAFETY: the structures are the kernels', the pointers those of validated tensors, the outputs the caller's
         // promise.
@@ -559,7 +576,7 @@ impl EncodedKernels {
         // One token's activations are brought into shared memory, those for integers as two bytes; with what a sum is worth.
         let block_bytes = n_cols.next_multiple_of(32) as u32 * if is_int8 { 2 } else { 4 } + 16;
         let needs = match (n_tokens, is_int8) {
-            (1, _) => Needs { tile_bytes: if is_int8 { 256 } else { 0 }, block_bytes, warps: 32, splits: true },
+            (1, _) => Needs { tile_bytes: 256, block_bytes, warps: 32, splits: true },
             (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: 16, splits: false },
             (_, false) => Needs { tile_bytes: 2048, block_bytes: 0, warps: 16, splits: false },
         };
@@ -574,25 +591,35 @@ impl EncodedKernels {
             gated: gated.into(),
             ..Default::default()
         };
-        self.add_tasks(device, &mut launch, jobs, needs.warps)?;
+        self.add_tasks(device, &mut launch, jobs, needs)?;
         // SAFETY: the buffers were checked.
         unsafe { self.launch(device, &jobs[0].0.kernels.product[kernel], launch, needs) }
     }
 
     /// Sets the tasks of products: how many blocks of a row a warp takes, and where its sums go. Short strips keep all
     /// warps busy, long ones leave fewer sums to add up.
-    fn add_tasks(&self, device: &Device, launch: &mut Launch, jobs: &[Job<'_>], most_warps: u32) -> Result<()> {
+    fn add_tasks(&self, device: &Device, launch: &mut Launch, jobs: &[Job<'_>], needs: Needs) -> Result<()> {
         let stream = device.stream();
         let (partials, arrived) = (self.partials.device_ptr(stream).0, self.arrived.device_ptr(stream).0);
-        let all_warps = (self.n_multiprocessors * most_warps) as usize;
+        let all_warps = (self.n_multiprocessors * needs.warps) as usize;
         let sums = BLOCK_ROWS * launch.n_tokens as usize;
         let of_row = |m: &EncodedMatrix, strip: usize| (m.description.n_col_blocks as usize).div_ceil(strip);
         let n_strips = |strip: usize| jobs.iter().map(|(m, ..)| m.n_row_blocks() * of_row(m, strip)).sum::<usize>();
         // The slowest warp's blocks, and a third of one's time for the end of each strip.
         let cost = |strip: usize| n_strips(strip).div_ceil(all_warps) * (3 * strip + 1);
+        // Where a thread block can have whole row blocks, all of one round, it adds up their strips by itself.
+        let per_row = of_row(jobs[0].0, 1);
+        let n_row_blocks: usize = jobs.iter().map(|(m, ..)| m.n_row_blocks()).sum();
+        let table_bytes = jobs.iter().map(|(m, ..)| m.table_bytes()).max().unwrap_or(0);
+        let rows_at_once = n_row_blocks.div_ceil(self.n_multiprocessors as usize);
+        let alone = launch.n_tokens == 1
+            && jobs.iter().all(|(m, ..)| of_row(m, 1) == per_row)
+            && rows_at_once < MAX_BARRIERS
+            && per_row * rows_at_once <= needs.fit(table_bytes, self.shared_limit) as usize;
+        let span = if alone { per_row * rows_at_once } else { 0 };
         let widest = jobs.iter().map(|(m, ..)| m.description.n_col_blocks as usize).max().unwrap_or(1);
         let strips = (1..=widest).filter(|&strip| n_strips(strip) * sums <= PARTIALS);
-        let strip = strips.min_by_key(|&strip| cost(strip)).unwrap_or(widest);
+        let strip = if alone { 1 } else { strips.min_by_key(|&strip| cost(strip)).unwrap_or(widest) };
         let (mut n_sums, mut n_row_blocks) = (0, 0);
         for (task, &(m, bias, out, adds)) in launch.tasks.iter_mut().zip(jobs) {
             let n_strips = of_row(m, strip);
@@ -604,6 +631,7 @@ impl EncodedKernels {
                 arrived: arrived + 4 * n_row_blocks as u64,
                 strip: strip as u32,
                 n_strips: n_strips as u32,
+                span: span as u32,
                 codec: m.codec,
                 adds: adds.into(),
                 ..Default::default()
