@@ -8,6 +8,7 @@ use crate::checkpoint::{Dtype, Tensor};
 use crate::cpu::Cpu;
 use crate::entropy::{FrequencyTable, Transition, choose_table};
 use crate::error::{Error, Result};
+use crate::feedback::{Grid, InputFactor, quantize_with_feedback};
 use crate::format::{Coder, Format, ScaleMode};
 #[cfg(target_arch = "x86_64")]
 use crate::product::decode_dense;
@@ -984,7 +985,7 @@ pub fn encode_tensor(t: &Tensor, options: &EncodeOptions) -> Result<Vec<u8>> {
     if let Some(params) = params {
         params.validate(options.format)?;
     }
-    let (n_rows, n_cols) = matrix_shape(t)?;
+    matrix_shape(t)?;
     let q = match (options.format, options.step) {
         (Format::Rate, Some(step)) => {
             let (q, chosen) = quantize_for_coder(t, step, options)?;
@@ -994,6 +995,62 @@ pub fn encode_tensor(t: &Tensor, options: &EncodeOptions) -> Result<Vec<u8>> {
         (Format::Rate, None) => return Err(Error::Parameter("`rate` needs the step of its grid".into())),
         (format, _) => quantize(t, format, options.scale)?,
     };
+    encode_quantized(t, q, params, options)
+}
+
+/// Encodes a matrix for inputs whose second moments are known: `rate` with error feedback, which makes the products' error small
+/// rather than the weights'. The codes follow from `factor` as well as from the matrix, so that `t` alone does not yield them again.
+///
+/// With `column_scales`, `[n_cols]`, the matrix is encoded with its columns multiplied; the product's inputs, and those that `factor`
+/// is of, are divided by them. With `row_divisors`, `[n_rows]`, the rows of what is encoded are divided.
+///
+/// # Errors
+/// As [`encode_tensor`]; a format other than `rate`; a factor or scales that do not fit the matrix.
+pub fn encode_with_feedback(
+    t: &Tensor,
+    options: &EncodeOptions,
+    factor: &InputFactor,
+    column_scales: Option<&[f32]>,
+    row_divisors: Option<&[f32]>,
+) -> Result<Vec<u8>> {
+    let (Format::Rate, Some(step)) = (options.format, options.step) else {
+        return Err(Error::Parameter("only `rate`, whose grid has a step, is encoded with error feedback".into()));
+    };
+    let (n_rows, n_cols) = matrix_shape(t)?;
+    let mut params = options.params;
+    let mut grid = Grid { step, raw_bits: None, column_scales };
+    if options.coder == Coder::Rans {
+        if let Some(params) = params {
+            params.validate(options.format)?;
+        } else {
+            let nearest = quantize_with_feedback(t, &grid, factor)?;
+            let Codes::U8(codes) = &nearest.codes else { unreachable!("codes of `rate` are bytes") };
+            params = Some(choose_params(Format::Rate, codes, n_rows, n_cols, options.prefer));
+        }
+        grid.raw_bits = params.map(|p| p.raw_bits);
+    }
+    let mut q = quantize_with_feedback(t, &grid, factor)?;
+    if let Some(divisors) = row_divisors {
+        if divisors.len() != n_rows || !divisors.iter().all(|d| d.is_normal() && *d > 0.0) {
+            return Err(Error::Parameter(format!("{n_rows} rows need as many positive divisors")));
+        }
+        q.scales = Scales::Channel(match q.scales {
+            Scales::Channel(scales) => scales.iter().zip(divisors).map(|(s, d)| s / d).collect(),
+            Scales::Tensor(scale) => divisors.iter().map(|d| scale / d).collect(),
+            Scales::None | Scales::Absmax(_) => unreachable!("scales of `rate` are float32"),
+        });
+    }
+    encode_quantized(t, q, params, options)
+}
+
+/// The bytes of a quantized matrix; `t` says what it was.
+fn encode_quantized(
+    t: &Tensor,
+    q: QuantizedTensor<'_>,
+    params: Option<Params>,
+    options: &EncodeOptions,
+) -> Result<Vec<u8>> {
+    let (n_rows, n_cols) = matrix_shape(t)?;
     let header = Header {
         format: options.format,
         coder: options.coder,
