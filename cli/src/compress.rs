@@ -200,8 +200,9 @@ impl<L: Load> Work<'_, L> {
         if let Some(tokens) = &self.calibration {
             scratch = self.scratch()?;
             let bar = Bar::new("calibrating", Unit::Bytes);
-            let mut model = self.machine.load(self.source)?;
-            options.calibrated = Some(calibrate(&mut model, self.source, &options, tokens, scratch.path(), &bar)?);
+            let (original, mut model) = (self.machine.load(self.source)?, self.machine.load(self.source)?);
+            options.calibrated =
+                Some(calibrate(&original, &mut model, self.source, &options, tokens, scratch.path(), &bar)?);
         }
         let bar = Bar::new(doing, Unit::Bytes);
         Ok(archive::compress(self.source, output, &options, &bar)?)

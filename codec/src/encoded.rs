@@ -1051,24 +1051,22 @@ pub fn encode_tensor(t: &Tensor, options: &EncodeOptions) -> Result<Vec<u8>> {
 /// Encodes a matrix for inputs whose second moments are known: `rate` with error feedback, which makes the products' error small
 /// rather than the weights'. The codes follow from `factor` as well as from the matrix, so that `t` alone does not yield them again.
 ///
-/// With `column_scales`, `[n_cols]`, the matrix is encoded with its columns multiplied; the product's inputs, and those that `factor`
-/// is of, are divided by them. With `row_divisors`, `[n_rows]`, the rows of what is encoded are divided.
+/// `targets`, where given, are the weights to come close to in place of the matrix's own: see [`InputFactor::corrected`].
 ///
 /// # Errors
-/// As [`encode_tensor`]; a format other than `rate`; a factor or scales that do not fit the matrix.
+/// As [`encode_tensor`]; a format other than `rate`; a factor or targets that do not fit the matrix.
 pub fn encode_with_feedback(
     t: &Tensor,
     options: &EncodeOptions,
     factor: &InputFactor,
-    column_scales: Option<&[f32]>,
-    row_divisors: Option<&[f32]>,
+    targets: Option<&[f32]>,
 ) -> Result<Vec<u8>> {
     let (Format::Rate, Some(step)) = (options.format, options.step) else {
         return Err(Error::Parameter("only `rate`, whose grid has a step, is encoded with error feedback".into()));
     };
     let (n_rows, n_cols) = matrix_shape(t)?;
     let mut params = options.params;
-    let mut grid = Grid { step, raw_bits: None, column_scales };
+    let mut grid = Grid { step, raw_bits: None, targets };
     if options.coder == Coder::Rans {
         if let Some(params) = params {
             params.validate(options.format)?;
@@ -1079,17 +1077,7 @@ pub fn encode_with_feedback(
         }
         grid.raw_bits = params.map(|p| p.raw_bits);
     }
-    let mut q = quantize_with_feedback(t, &grid, factor)?;
-    if let Some(divisors) = row_divisors {
-        if divisors.len() != n_rows || !divisors.iter().all(|d| d.is_normal() && *d > 0.0) {
-            return Err(Error::Parameter(format!("{n_rows} rows need as many positive divisors")));
-        }
-        q.scales = Scales::Channel(match q.scales {
-            Scales::Channel(scales) => scales.iter().zip(divisors).map(|(s, d)| s / d).collect(),
-            Scales::Tensor(scale) => divisors.iter().map(|d| scale / d).collect(),
-            Scales::None | Scales::Absmax(_) => unreachable!("scales of `rate` are float32"),
-        });
-    }
+    let q = quantize_with_feedback(t, &grid, factor)?;
     encode_quantized(t, q, params, options)
 }
 

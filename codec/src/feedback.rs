@@ -16,6 +16,7 @@ use crate::quantize::{
 };
 use faer::linalg::matmul::matmul;
 use faer::linalg::solvers::Llt;
+use faer::prelude::Solve;
 use faer::{Accum, Mat, MatMut, MatRef, Par, Side};
 use rayon::prelude::*;
 
@@ -94,10 +95,46 @@ impl Moments {
     }
 }
 
+/// How far a product's inputs are from those that it was made for: the sums Dᵀ·X over inputs X and their differences D from the
+/// others.
+#[derive(Debug, Clone)]
+pub struct Drift {
+    width: usize,
+    /// `[width, width]`, row-major.
+    sums: Vec<f32>,
+}
+
+impl Drift {
+    /// None yet, of inputs of `width` values.
+    pub fn new(width: usize) -> Self {
+        Self { width, sums: vec![0.0; width * width] }
+    }
+
+    /// Adds inputs `[n, width]`, and `differences`: what is to be added to each to make it the one that the product was made for. The
+    /// sums do not depend on the number of threads.
+    ///
+    /// # Panics
+    /// The two are not equally long, or no multiple of `width`.
+    pub fn add(&mut self, differences: &[f32], x: &[f32]) {
+        let n = x.len() / self.width;
+        assert!(n * self.width == x.len() && x.len() == differences.len(), "whole inputs and their differences");
+        let x = MatRef::from_row_major_slice(x, n, self.width);
+        let differences = MatRef::from_row_major_slice(differences, n, self.width);
+        self.sums.par_chunks_mut(TILE * self.width).enumerate().for_each(|(i, band)| {
+            let n_rows = band.len() / self.width;
+            let band = MatMut::from_row_major_slice_mut(band, n_rows, self.width);
+            matmul(band, Accum::Add, differences.subcols(i * TILE, n_rows).transpose(), x, 1.0, Par::Seq);
+        });
+    }
+}
+
 /// The factor R of damped second moments, as error feedback needs it.
 #[derive(Debug, Clone)]
 pub struct InputFactor {
     width: usize,
+    n_inputs: u64,
+    /// R in reversed order, as a lower factor.
+    reversed: Llt<f64>,
     /// `R[k][j] / R[j][j]` at `k · width + j` for k < j, else 0.
     unit: Vec<f32>,
     /// `R[j][j]`: the root mean square of what input j has that those after it do not tell.
@@ -148,7 +185,7 @@ impl InputFactor {
                 row[j] = (lower[(n - 1 - k, n - 1 - j)] / lower[(n - 1 - j, n - 1 - j)]) as f32;
             }
         });
-        Ok(Self { width: n, unit, deviations, damping })
+        Ok(Self { width: n, n_inputs: moments.n_inputs, reversed: factor, unit, deviations, damping })
     }
 
     /// Inputs of the product.
@@ -166,44 +203,82 @@ impl InputFactor {
         self.damping
     }
 
-    /// The factor of the inputs divided by `scales`.
-    pub fn rescale(&mut self, scales: &[f32]) {
-        self.unit.par_chunks_exact_mut(self.width).enumerate().for_each(|(k, row)| {
-            row.iter_mut().zip(scales).for_each(|(r, s)| *r *= s / scales[k]);
-        });
-        self.deviations.iter_mut().zip(scales).for_each(|(r, s)| *r /= s);
+    /// The matrix `[n_rows, width]` whose products with the inputs come closest to those that `t` has with the inputs that it was made
+    /// for: W + W·D·H⁻¹, where D is the drift over the same inputs as the moments H (as GPTAQ, Li et al. 2025, has it). It makes up for some of
+    /// what was lost before the inputs.
+    ///
+    /// # Errors
+    /// A tensor that is not a non-empty matrix of BF16, F16 or F32; a width that is not the factor's.
+    pub fn corrected(&self, t: &Tensor, drift: &Drift) -> Result<Vec<f32>> {
+        let (n_rows, n) = matrix_shape(t)?;
+        self.check_width(n)?;
+        self.check_width(drift.width)?;
+        let row_bytes = t.data.len() / n_rows;
+        let sums = MatRef::from_row_major_slice(&drift.sums, n, n);
+        let mean = 1.0 / self.n_inputs.max(1) as f64;
+        let mut corrected = vec![0f32; n_rows * n];
+        corrected.par_chunks_mut(CHUNK_ROWS * n).zip(t.data.par_chunks(CHUNK_ROWS * row_bytes)).for_each(
+            |(out, bytes)| {
+                read_row(t.dtype, bytes, out);
+                let n_rows = out.len() / n;
+                let mut product = Mat::<f32>::zeros(n_rows, n);
+                matmul(&mut product, Accum::Replace, MatRef::from_row_major_slice(out, n_rows, n), sums, 1.0, Par::Seq);
+                let mut solved = Mat::from_fn(n, n_rows, |j, r| f64::from(product[(r, n - 1 - j)]) * mean);
+                self.reversed.solve_in_place(&mut solved);
+                for (r, out) in out.chunks_exact_mut(n).enumerate() {
+                    out.iter_mut().enumerate().for_each(|(j, w)| *w += solved[(n - 1 - j, r)] as f32);
+                }
+            },
+        );
+        Ok(corrected)
+    }
+
+    fn check_width(&self, n_cols: usize) -> Result<()> {
+        if n_cols == self.width {
+            return Ok(());
+        }
+        Err(Error::Parameter(format!(
+            "the matrix has {n_cols} columns, but the moments of its inputs have {}",
+            self.width
+        )))
     }
 }
 
 /// What a matrix is rounded to with feedback.
 #[derive(Debug, Clone, Copy)]
 pub struct Grid<'a> {
-    /// Distance of neighbouring points, after the columns were multiplied.
+    /// Distance of neighbouring points.
     pub step: f32,
     /// Raw bits of the coder, or none where codes are to be the nearest ones.
     pub raw_bits: Option<u32>,
-    /// What each column is multiplied by before it is rounded; the product's inputs are to be divided by it.
-    pub column_scales: Option<&'a [f32]>,
+    /// The weights to come close to, `[n_rows, n_cols]`, where these are not the matrix's own.
+    pub targets: Option<&'a [f32]>,
 }
 
-/// Rows of a matrix, its columns multiplied.
+/// Rows of a matrix.
 struct Rows<'a> {
     tensor: &'a Tensor,
     n_cols: usize,
     row_bytes: usize,
-    column_scales: Option<&'a [f32]>,
+    targets: Option<&'a [f32]>,
 }
 
 impl Rows<'_> {
+    /// The weights of a row.
     fn read(&self, row: usize, out: &mut [f32]) {
         read_row(self.tensor.dtype, &self.tensor.data[row * self.row_bytes..][..self.row_bytes], out);
-        if let Some(scales) = self.column_scales {
-            out.iter_mut().zip(scales).for_each(|(w, s)| *w *= s);
+    }
+
+    /// What the weights of a row are to come close to.
+    fn read_target(&self, row: usize, out: &mut [f32]) {
+        match self.targets {
+            Some(targets) => out.copy_from_slice(&targets[row * self.n_cols..][..self.n_cols]),
+            None => self.read(row, out),
         }
     }
 }
 
-/// Quantizes a matrix to a grid with error feedback. The relative error is that of the weights, columns multiplied; it exceeds
+/// Quantizes a matrix to a grid with error feedback. The relative error is that of the weights; it exceeds
 /// that of plain rounding, as what is kept small is the error of the product. The result does not depend on the number of threads.
 ///
 /// # Errors
@@ -215,23 +290,13 @@ pub fn quantize_with_feedback(t: &Tensor, grid: &Grid<'_>, factor: &InputFactor)
     if !(step.is_normal() && step > 0.0) {
         return Err(Error::Parameter(format!("{step} is no step of a grid; it is a positive number")));
     }
-    let is_wide = |n: usize| n == n_cols;
-    if !is_wide(factor.width) || grid.column_scales.is_some_and(|s| !is_wide(s.len())) {
-        return Err(Error::Parameter(format!(
-            "the matrix has {n_cols} columns, but the moments of its inputs have {}",
-            factor.width
-        )));
+    factor.check_width(n_cols)?;
+    if grid.targets.is_some_and(|targets| targets.len() != n_rows * n_cols || !targets.iter().all(|w| w.is_finite())) {
+        return Err(Error::Parameter(format!("a matrix of {n_rows} × {n_cols} needs as many targets, all finite")));
     }
-    row_magnitudes(t, n_cols, Format::Rate)?;
-    let rows = Rows { tensor: t, n_cols, row_bytes: t.data.len() / n_rows, column_scales: grid.column_scales };
-    let mut row_steps = vec![0f32; n_rows];
-    row_steps.par_iter_mut().enumerate().for_each_init(
-        || vec![0f32; n_cols],
-        |row, (r, row_step)| {
-            rows.read(r, row);
-            *row_step = step.max(row.iter().fold(0f32, |m, w| m.max(w.abs())) / INT8_MAX);
-        },
-    );
+    let magnitudes = row_magnitudes(t, n_cols, Format::Rate)?;
+    let row_steps: Vec<f32> = magnitudes.iter().map(|a| step.max(a / INT8_MAX)).collect();
+    let rows = Rows { tensor: t, n_cols, row_bytes: t.data.len() / n_rows, targets: grid.targets };
     let thresholds = rows.thresholds(&row_steps, grid.raw_bits);
 
     let mut codes = vec![0u8; n_rows * n_cols];
@@ -305,7 +370,7 @@ impl Rows<'_> {
                 .map_init(
                     || vec![0f32; self.n_cols],
                     |row, (r, step)| {
-                        self.read(r, row);
+                        self.read_target(r, row);
                         let mut counts = [0u64; 128];
                         row.iter().for_each(|w| counts[usize::from(grid_magnitude(w.abs() / step, &thresholds))] += 1);
                         counts
@@ -338,7 +403,7 @@ impl Rows<'_> {
         original.resize(n_rows * n, 0.0);
         points.resize(n_rows * n, 0.0);
         errors.resize(n_rows * BLOCK_COLS, 0.0);
-        original.chunks_exact_mut(n).enumerate().for_each(|(r, row)| self.read(first + r, row));
+        original.chunks_exact_mut(n).enumerate().for_each(|(r, row)| self.read_target(first + r, row));
         weights.clone_from(original);
         let unit = MatRef::from_row_major_slice(&factor.unit, n, n);
         for start in (0..n).step_by(BLOCK_COLS) {
@@ -364,6 +429,9 @@ impl Rows<'_> {
             }
         }
         let mut sums = Sums::default();
+        if self.targets.is_some() {
+            original.chunks_exact_mut(n).enumerate().for_each(|(r, row)| self.read(first + r, row));
+        }
         for (w, p) in original.iter().zip(&*points) {
             let (w, p) = (f64::from(*w), f64::from(*p));
             sums.weight += w * w;
@@ -508,7 +576,7 @@ mod tests {
         let t = tensor(&w, n_cols);
         let factor = factor(&x, n_cols);
         for (step, raw_bits) in [(0.1, None), (0.4, Some(0)), (1.0, Some(0)), (0.1, Some(2))] {
-            let grid = Grid { step, raw_bits, column_scales: None };
+            let grid = Grid { step, raw_bits, targets: None };
             let found = quantize_with_feedback(&t, &grid, &factor).unwrap();
             let plain = quantize_to_step(&t, step, raw_bits).unwrap();
             let error = |q| output_error(&w, &values(q, n_cols), &x, n_cols);
@@ -520,27 +588,43 @@ mod tests {
     }
 
     #[test]
-    fn scaled_columns_are_those_of_the_scaled_matrix() {
-        let (n_rows, n_cols) = (9, 70);
-        let (w, x) = (noise(n_rows * n_cols, 1), inputs(300, n_cols, 5, 0.5));
-        let scales: Vec<f32> = (0..n_cols).map(|j| [0.5, 1.0, 2.0][j % 3]).collect();
-        let scaled: Vec<f32> = w.iter().enumerate().map(|(i, w)| w * scales[i % n_cols]).collect();
-        let mut rescaled = factor(&x, n_cols);
-        rescaled.rescale(&scales);
-        let grid = Grid { step: 0.3, raw_bits: Some(1), column_scales: Some(&scales) };
-        let folded = quantize_with_feedback(&tensor(&w, n_cols), &grid, &rescaled).unwrap();
-        let grid = Grid { column_scales: None, ..grid };
-        let direct = quantize_with_feedback(&tensor(&scaled, n_cols), &grid, &rescaled).unwrap();
-        assert_eq!((folded.codes, folded.scales), (direct.codes, direct.scales));
-        let unfolded: Vec<f32> = x.iter().enumerate().map(|(i, x)| x / scales[i % n_cols]).collect();
-        assert!(
-            output_error(&scaled, &values(&folded_values(&w, &scales, &rescaled), n_cols), &unfolded, n_cols) < 0.02
-        );
-    }
+    fn correction_brings_drifted_products_back() {
+        let (n_rows, n_cols) = (70, 40);
+        let w = noise(n_rows * n_cols, 1);
+        let x = inputs(500, n_cols, 12, 0.3);
+        // What drifts is a combination of the inputs: so the products can be had back.
+        let drifted: Vec<f32> = x
+            .chunks(n_cols)
+            .flat_map(|x| x.iter().enumerate().map(|(j, v)| 0.8 * v + 0.2 * x[(j + 1) % x.len()]).collect::<Vec<_>>())
+            .collect();
+        let mut drift = Drift::new(n_cols);
+        let differences: Vec<f32> = x.iter().zip(&drifted).map(|(x, d)| x - d).collect();
+        for (d, x) in differences.chunks(100 * n_cols).zip(drifted.chunks(100 * n_cols)) {
+            drift.add(d, x);
+        }
+        let (t, factor) = (tensor(&w, n_cols), factor(&drifted, n_cols));
+        let corrected = factor.corrected(&t, &drift).unwrap();
+        // Outputs of one matrix over one kind of inputs, against those of the other over the other.
+        let error = |found: &[f32]| {
+            let (mut error, mut total) = (0f64, 0f64);
+            for (x, drifted) in x.chunks(n_cols).zip(drifted.chunks(n_cols)) {
+                for (w, found) in w.chunks(n_cols).zip(found.chunks(n_cols)) {
+                    let dot = |w: &[f32], x: &[f32]| w.iter().zip(x).map(|(w, x)| f64::from(w * x)).sum::<f64>();
+                    error += (dot(w, x) - dot(found, drifted)).powi(2);
+                    total += dot(w, x).powi(2);
+                }
+            }
+            error / total
+        };
+        assert!(error(&corrected) < 0.2 * error(&w), "{} against {}", error(&corrected), error(&w));
+        let none = factor.corrected(&t, &Drift::new(n_cols)).unwrap();
+        assert_eq!(none, w);
 
-    fn folded_values(w: &[f32], scales: &[f32], factor: &InputFactor) -> QuantizedTensor<'static> {
-        let grid = Grid { step: 0.3, raw_bits: Some(1), column_scales: Some(scales) };
-        quantize_with_feedback(&tensor(w, scales.len()), &grid, factor).unwrap()
+        let grid = Grid { step: 0.1, raw_bits: Some(0), targets: Some(&corrected) };
+        let q = quantize_with_feedback(&t, &grid, &factor).unwrap();
+        assert!(error(&values(&q, n_cols)) < 0.3 * error(&w));
+        let grid = Grid { targets: Some(&corrected[1..]), ..grid };
+        assert!(quantize_with_feedback(&t, &grid, &factor).is_err());
     }
 
     #[test]
@@ -558,7 +642,7 @@ mod tests {
             assert!(factor.deviations.iter().chain(&factor.unit).all(|v| v.is_finite()));
             assert!(factor.deviations.iter().all(|d| *d > 0.0), "{:?}", factor.deviations);
             let w = noise(33 * width, 2);
-            let grid = Grid { step: 0.3, raw_bits: Some(0), column_scales: None };
+            let grid = Grid { step: 0.3, raw_bits: Some(0), targets: None };
             let q = quantize_with_feedback(&tensor(&w, width), &grid, &factor).unwrap();
             assert!(values(&q, width).iter().all(|v| v.is_finite()));
         }
@@ -583,7 +667,7 @@ mod tests {
             (rank_one, 0.2),
             (outlier.clone(), 0.2),
         ] {
-            let grid = Grid { step, raw_bits: Some(0), column_scales: None };
+            let grid = Grid { step, raw_bits: Some(0), targets: None };
             let q = quantize_with_feedback(&tensor(&w, n_cols), &grid, &factor).unwrap();
             assert!(q.relative_error.is_finite() && q.relative_error < 0.7, "{}", q.relative_error);
             let found = values(&q, n_cols);
@@ -593,7 +677,7 @@ mod tests {
             }
         }
         // The outlier's row takes a coarser step; the others keep theirs.
-        let grid = Grid { step: 0.2, raw_bits: Some(0), column_scales: None };
+        let grid = Grid { step: 0.2, raw_bits: Some(0), targets: None };
         let q = quantize_with_feedback(&tensor(&outlier, n_cols), &grid, &factor).unwrap();
         let Scales::Channel(scales) = &q.scales else { panic!("a row has its own step") };
         let row = 1234 / n_cols;

@@ -1,9 +1,10 @@
 //! Compression for the inputs that a model's matrices have: second moments layer by layer, error feedback through them.
 //!
-//! The text runs through the model in windows, one layer at a time. What a layer's products read is summed up to second
-//! moments ([`Moments`]); its matrices are encoded with error feedback through these ([`codecllm_codec::feedback`]); then
-//! the layer runs again with what they were encoded to, so that the layers after it see what they will see. In memory
-//! are the residual stream of all windows, the moments of one layer, and the model.
+//! The text runs through the model in windows, one layer at a time, and through the original beside it. What the products of
+//! a site read is summed up to second moments ([`Moments`]), and how far that has drifted from what the original reads
+//! ([`Drift`]). The site's matrices are encoded with error feedback through these ([`codecllm_codec::feedback`]), and the model
+//! goes on with what they were encoded to, so that all sites after it see what they will see. In memory are the residual streams of all
+//! windows, the moments of one site, and both models' weights, mapped where the backend maps them.
 //!
 //! Where no text is given, the model writes it: samples at temperature 1 have the distribution that the model has learned,
 //! so that no text needs to be found that resembles it. (Calibration with samples of the model: LLM-QAT, Liu et al. 2023.)
@@ -14,14 +15,14 @@ use crate::error::{Error, Result};
 use crate::llama::{KvCache, Model, Site};
 use crate::sampler::{Sampler, SamplingOptions};
 use crate::tokenizer::Tokenizer;
-use crate::weights::Loader;
+use crate::weights::{Loader, Weight};
 use codecllm_codec::archive::{self, Calibrated, Calibration, CompressOptions, PlannedTensor, Progress};
 use codecllm_codec::checkpoint::Checkpoint;
 use codecllm_codec::encoded::{Checks, EncodedTensor, encode_with_feedback};
-use codecllm_codec::feedback::{InputFactor, Moments};
+use codecllm_codec::feedback::{Drift, InputFactor, Moments};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Tokens of a window.
 pub const WINDOW: usize = 512;
@@ -93,13 +94,14 @@ pub fn sample_text<B: Backend>(
 /// Encodes the linear layers that `options` selects for the inputs that they have on `tokens`, in windows of [`WINDOW`] tokens,
 /// into files in `scratch`, a directory of the caller's. [`archive::compress`] takes the result.
 ///
-/// `model` is loaded from the checkpoint `source`, and as it was at the end. The result depends on source, options and tokens, and on
-/// the instruction set; not on the number of threads.
+/// `original` and `model` are both loaded from the checkpoint `source`; `model` is as it was at the end. The result depends on source,
+/// options and tokens, and on the instruction set; not on the number of threads.
 ///
 /// # Errors
 /// Fewer than [`MIN_TOKENS`] tokens; a format other than `rate`; a target that cannot be met;
 /// [`Interrupted`](codecllm_codec::Error::Interrupted).
 pub fn calibrate<B: Backend>(
+    original: &Model<B>,
     model: &mut Model<B>,
     source: &Path,
     options: &CompressOptions,
@@ -128,7 +130,7 @@ pub fn calibrate<B: Backend>(
         surplus: 0.0,
         files: HashMap::new(),
     };
-    job.run(model, tokens, window)?;
+    job.run(original, model, tokens, window)?;
     Ok(Calibrated {
         record: Calibration::new(tokens, window, job.files.len()),
         files: job.files,
@@ -147,6 +149,21 @@ fn name_of(layer: usize, module: &str) -> String {
     format!("model.layers.{layer}.{module}.weight")
 }
 
+/// The residual stream of a window, `[n_tokens, hidden_size]`.
+struct Streams {
+    /// In the original.
+    original: Vec<f32>,
+    /// In the model, the layers so far compressed.
+    compressed: Vec<f32>,
+}
+
+/// `x / sqrt(mean(x²) + eps) · weight`, in place.
+fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
+    let mean = x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32;
+    let scale = 1.0 / (mean + eps).sqrt();
+    x.iter_mut().zip(weight).for_each(|(x, w)| *x *= scale * w);
+}
+
 struct Job<'a> {
     checkpoint: &'a Checkpoint,
     scratch: &'a Path,
@@ -157,107 +174,129 @@ struct Job<'a> {
     left: f64,
     /// Bits that the matrices so far took less than planned.
     surplus: f64,
-    files: HashMap<String, std::path::PathBuf>,
+    files: HashMap<String, PathBuf>,
 }
 
 impl Job<'_> {
-    fn run<B: Backend>(&mut self, model: &mut Model<B>, tokens: &[u32], window: usize) -> Result<()> {
+    fn run<B: Backend>(
+        &mut self,
+        original: &Model<B>,
+        model: &mut Model<B>,
+        tokens: &[u32],
+        window: usize,
+    ) -> Result<()> {
         let n_bytes = |name: &str| self.checkpoint.info(name).map_or(0, |info| info.n_bytes as u64);
         self.progress.begin(self.planned.keys().map(|name| n_bytes(name)).sum());
         let mut cache = model.new_cache(window)?;
         let windows = tokens.chunks(window);
-        let mut streams: Vec<Vec<f32>> =
-            windows.map(|tokens| model.embed(tokens, &mut cache)).collect::<Result<_>>()?;
+        let mut streams: Vec<Streams> = windows
+            .map(|tokens| {
+                let original = model.embed(tokens, &mut cache)?;
+                Ok(Streams { compressed: original.clone(), original })
+            })
+            .collect::<Result<_>>()?;
         for layer in 0..model.config().n_layers {
             if self.planned.is_empty() {
                 break;
             }
-            self.check_stopped()?;
-            let moments = self.moments(model, layer, &streams, &mut cache)?;
-            let mut encoded = Vec::new();
+            let mut replaced = Vec::new();
             for (site, modules) in SITES {
-                let Some(moments) = moments.get(&site) else { continue };
-                let factor = InputFactor::new(moments)?;
-                for module in modules {
-                    if let Some(planned) = self.planned.remove(&name_of(layer, module)) {
-                        encoded.push((*module, self.encode(&planned, &factor)?));
-                    }
+                let wanted: Vec<(&str, PlannedTensor)> = modules
+                    .iter()
+                    .filter_map(|module| Some((*module, self.planned.remove(&name_of(layer, module))?)))
+                    .collect();
+                if wanted.is_empty() {
+                    continue;
                 }
-            }
-            for (module, tensor) in &encoded {
-                model.replace(layer, module, crate::weights::Weight::Encoded(tensor.clone()))?;
+                let (moments, drift) = self.moments(original, model, layer, site, &streams, &mut cache)?;
+                let factor = InputFactor::new(&moments)?;
+                drop(moments);
+                for (module, planned) in wanted {
+                    let tensor = self.encode(&planned, &factor, drift.as_ref())?;
+                    let (n_rows, n_cols) = (tensor.n_rows(), tensor.n_cols());
+                    model.replace(layer, module, Weight::Encoded(tensor))?;
+                    replaced.push((module, n_rows, n_cols));
+                }
             }
             if !self.planned.is_empty() {
-                for x in &mut streams {
+                let go_on = |_, _: &[f32]| Ok(ControlFlow::Continue(()));
+                for streams in &mut streams {
                     self.check_stopped()?;
-                    model.run_layer(layer, x, &mut cache, |_, _| Ok(()))?;
+                    original.run_layer(layer, &mut streams.original, &mut cache, go_on)?;
+                    model.run_layer(layer, &mut streams.compressed, &mut cache, go_on)?;
                 }
             }
-            // The layer is as it was, so that no more than one takes memory beside the checkpoint's mapped file.
+            // No more than one layer takes memory beside the checkpoint's mapped file.
             let loader = Loader::new(self.checkpoint, Checks::None);
-            for (module, tensor) in encoded {
-                let name = name_of(layer, module);
-                model.replace(layer, module, loader.matrix(&name, tensor.n_rows(), tensor.n_cols())?)?;
+            for (module, n_rows, n_cols) in replaced {
+                model.replace(layer, module, loader.matrix(&name_of(layer, module), n_rows, n_cols)?)?;
             }
         }
         Ok(())
     }
 
-    /// The second moments of what the matrices of a layer read that are to be encoded.
+    /// The second moments of what a site's products read, and how far that is from what they read in the original; no drift where
+    /// the two are the same.
     fn moments<B: Backend>(
         &self,
+        original: &Model<B>,
         model: &Model<B>,
         layer: usize,
-        streams: &[Vec<f32>],
+        site: Site,
+        streams: &[Streams],
         cache: &mut KvCache<B>,
-    ) -> Result<HashMap<Site, Moments>> {
-        let is_wanted = |modules: &[&str]| modules.iter().any(|m| self.planned.contains_key(&name_of(layer, m)));
-        let mut moments: HashMap<Site, Moments> = SITES
-            .iter()
-            .filter(|(_, modules)| is_wanted(modules))
-            .map(|(site, _)| (*site, Moments::new(model.site_width(*site))))
-            .collect();
-        if moments.is_empty() {
-            return Ok(moments);
-        }
-        let hidden_size = model.config().hidden_size;
+    ) -> Result<(Moments, Option<Drift>)> {
+        let (width, hidden_size) = (model.site_width(site), model.config().hidden_size);
+        let norm = match site {
+            Site::Attention => Some("input_layernorm"),
+            Site::Mlp => Some("post_attention_layernorm"),
+            Site::AttentionOutput | Site::MlpOutput => None,
+        };
         let loader = Loader::new(self.checkpoint, Checks::None);
-        let norm = |module: &str| loader.vector(&format!("model.layers.{layer}.{module}.weight"), hidden_size);
-        let norms = [norm("input_layernorm")?, norm("post_attention_layernorm")?];
-        let eps = model.config().rms_norm_eps;
-        let mut normed = Vec::new();
-        for x in streams {
+        let norm = norm.map(|module| loader.vector(&format!("model.layers.{layer}.{module}.weight"), hidden_size));
+        let (norm, eps) = (norm.transpose()?, model.config().rms_norm_eps);
+        let mut moments = Moments::new(width);
+        let mut drift = Drift::new(width);
+        let mut has_drift = false;
+        for streams in streams {
             self.check_stopped()?;
-            // The residual stream after this pass is not the one that the next layers will see.
-            let mut x = x.clone();
-            model.run_layer(layer, &mut x, cache, |site, values| {
-                let Some(moments) = moments.get_mut(&site) else { return Ok(()) };
-                let weight = match site {
-                    Site::Attention => &norms[0],
-                    Site::Mlp => &norms[1],
-                    Site::AttentionOutput | Site::MlpOutput => {
-                        moments.add(values);
-                        return Ok(());
+            let mut inputs = |model: &Model<B>, x: &[f32]| -> Result<Vec<f32>> {
+                let mut inputs = Vec::with_capacity(x.len() / hidden_size * width);
+                model.run_layer(layer, &mut x.to_vec(), cache, |at, values| {
+                    if at != site {
+                        return Ok(ControlFlow::Continue(()));
                     }
-                };
-                normed.clear();
-                for x in values.chunks_exact(hidden_size) {
-                    let mean = x.iter().map(|x| x * x).sum::<f32>() / hidden_size as f32;
-                    let scale = 1.0 / (mean + eps).sqrt();
-                    normed.extend(x.iter().zip(weight).map(|(x, w)| x * scale * w));
+                    inputs.extend_from_slice(values);
+                    Ok(ControlFlow::Break(()))
+                })?;
+                if let Some(weight) = &norm {
+                    inputs.chunks_exact_mut(hidden_size).for_each(|x| rms_norm(x, weight, eps));
                 }
-                moments.add(&normed);
-                Ok(())
-            })?;
+                Ok(inputs)
+            };
+            let x = inputs(model, &streams.compressed)?;
+            let mut differences = inputs(original, &streams.original)?;
+            differences.iter_mut().zip(&x).for_each(|(d, x)| *d -= x);
+            moments.add(&x);
+            if has_drift || differences.iter().any(|d| *d != 0.0) {
+                has_drift = true;
+                drift.add(&differences, &x);
+            }
         }
-        Ok(moments)
+        Ok((moments, has_drift.then_some(drift)))
     }
 
     /// Encodes a matrix into its file, with the step at which it takes its share of the bits.
-    fn encode(&mut self, planned: &PlannedTensor, factor: &InputFactor) -> Result<EncodedTensor> {
+    fn encode(
+        &mut self,
+        planned: &PlannedTensor,
+        factor: &InputFactor,
+        drift: Option<&Drift>,
+    ) -> Result<EncodedTensor> {
         let name = &planned.name;
         self.progress.tensor(name);
         let tensor = self.checkpoint.tensor(name)?;
+        let targets = drift.map(|drift| factor.corrected(&tensor, drift)).transpose().map_err(|e| e.in_tensor(name))?;
         let n_weights: f64 = tensor.shape.iter().map(|n| *n as f64).product();
         // What the matrices before saved or took too much is shared out over those that follow.
         let wanted = planned.bits.map(|bits| bits + self.surplus * bits / self.left.max(bits));
@@ -265,7 +304,8 @@ impl Job<'_> {
         let mut trials: Vec<(f64, f64)> = Vec::new();
         let bytes = loop {
             self.check_stopped()?;
-            let bytes = encode_with_feedback(&tensor, &options, factor, None, None).map_err(|e| e.in_tensor(name))?;
+            let bytes =
+                encode_with_feedback(&tensor, &options, factor, targets.as_deref()).map_err(|e| e.in_tensor(name))?;
             let bits = 8.0 * bytes.len() as f64;
             let (Some(wanted), Some(step)) = (wanted, options.step) else { break bytes };
             trials.push((f64::from(step).log2(), bits));

@@ -9,6 +9,7 @@ use crate::weights::{Loader, TensorSource, Weight};
 use codecllm_codec::Cpu;
 use codecllm_codec::checkpoint::Checkpoint;
 use codecllm_codec::encoded::Checks;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 /// How a model is loaded and what it runs on.
@@ -334,7 +335,7 @@ impl<B: Backend> Model<B> {
         let b = &self.backend;
         b.embed(&workspace.batch, &self.embedding, &mut workspace.x)?;
         for (layer, cache) in self.layers.iter().zip(caches) {
-            self.layer_pass(layer, cache, workspace, |_, _| Ok(()))?;
+            self.layer_pass(layer, cache, workspace, |_, _| Ok(ControlFlow::Continue(())))?;
         }
         let Workspace { batch, x, logits, .. } = workspace;
         if let Some(want) = want {
@@ -369,7 +370,8 @@ impl<B: Backend> Model<B> {
     }
 
     /// Runs layer `layer` over the residual stream `x`, `[n_tokens, hidden_size]`, of a sequence's first tokens, in place.
-    /// `observe` is given what each site's products read, `[n, width]`, some tokens at a time.
+    /// `observe` is given what each site's products read, `[n, width]`, some tokens at a time. Where it breaks, these tokens go no
+    /// further, and their part of `x` is of no use.
     ///
     /// The cache must come from this model's [`new_cache`](Self::new_cache); what is in it is forgotten.
     ///
@@ -380,7 +382,7 @@ impl<B: Backend> Model<B> {
         layer: usize,
         x: &mut [f32],
         cache: &mut KvCache<B>,
-        mut observe: impl FnMut(Site, &[f32]) -> Result<()> + Send,
+        mut observe: impl FnMut(Site, &[f32]) -> Result<ControlFlow<()>> + Send,
     ) -> Result<()> {
         let (b, config) = (&self.backend, &self.config);
         cache.reset();
@@ -441,28 +443,37 @@ impl<B: Backend> Model<B> {
         Norm { weight, eps: self.config.rms_norm_eps }
     }
 
-    /// One layer of the pass, over the batch that was begun. `observe` is called before the products of each site.
+    /// One layer of the pass, over the batch that was begun. `observe` is called before the products of each site, and may end
+    /// the pass there.
     fn layer_pass(
         &self,
         layer: &Layer<B>,
         cache: &mut B::Cache,
         workspace: &mut Workspace<B>,
-        mut observe: impl FnMut(Site, &B::Buffer) -> Result<()>,
+        mut observe: impl FnMut(Site, &B::Buffer) -> Result<ControlFlow<()>>,
     ) -> Result<()> {
         let b = &self.backend;
         let Workspace { batch, x, q, k, v, attended, gate, up, .. } = workspace;
-        observe(Site::Attention, x)?;
+        if observe(Site::Attention, x)?.is_break() {
+            return Ok(());
+        }
         let normed = Input { x, norm: Some(self.norm(&layer.attention_norm)) };
         b.project(batch, normed, &mut [layer.query.onto(q), layer.key.onto(k), layer.value.onto(v)])?;
         let head_norms = layer.head_norms.as_ref().map(|(query, key)| (self.norm(query), self.norm(key)));
         b.attend(batch, Attention { q, k, v, head_norms, window: layer.window }, cache, attended)?;
-        observe(Site::AttentionOutput, attended)?;
+        if observe(Site::AttentionOutput, attended)?.is_break() {
+            return Ok(());
+        }
         b.project(batch, Input { x: attended, norm: None }, &mut [layer.output.added_to(x)])?;
 
-        observe(Site::Mlp, x)?;
+        if observe(Site::Mlp, x)?.is_break() {
+            return Ok(());
+        }
         let normed = Input { x, norm: Some(self.norm(&layer.mlp_norm)) };
         b.project_gated(batch, normed, layer.gate.onto(gate), layer.up.onto(up))?;
-        observe(Site::MlpOutput, gate)?;
+        if observe(Site::MlpOutput, gate)?.is_break() {
+            return Ok(());
+        }
         b.project(batch, Input { x: gate, norm: None }, &mut [layer.down.added_to(x)])
     }
 }

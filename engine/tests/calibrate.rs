@@ -87,16 +87,22 @@ fn options(bits: f64) -> CompressOptions {
 }
 
 /// Compresses `source`, calibrated on `text` where there is one, with this many threads.
-fn archive(source: &Path, dir: &Path, options: &CompressOptions, text: Option<&[u32]>, threads: usize) -> (PathBuf, Summary) {
+fn archive(
+    source: &Path,
+    dir: &Path,
+    options: &CompressOptions,
+    text: Option<&[u32]>,
+    threads: usize,
+) -> (PathBuf, Summary) {
     let mut options = options.clone();
     let scratch = TempDir::new().unwrap();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     let archive = dir.join(format!("{}-{threads}-{}", text.map_or(0, <[u32]>::len), options.rate.unwrap()));
     let summary = pool.install(|| {
         if let Some(text) = text {
-            let mut model = load(source, threads);
+            let (original, mut model) = (load(source, threads), load(source, threads));
             options.calibrated =
-                Some(calibrate(&mut model, source, &options, text, scratch.path(), &Silent).unwrap());
+                Some(calibrate(&original, &mut model, source, &options, text, scratch.path(), &Silent).unwrap());
         }
         compress(source, &archive, &options, &Silent).unwrap()
     });
@@ -120,8 +126,7 @@ fn calibration_hits_the_size_and_lowers_the_divergence_at_every_rate() {
         let found = 8.0 * summary.archive_bytes as f64 / summary.n_weights as f64;
         assert!((found / bits - 1.0).abs() < 0.01, "{bits}: {found}");
         let (plain, _) = archive(source.path(), dir.path(), &options, None, 2);
-        let (with, without) =
-            (kld(&calibrated, source.path(), &other), kld(&plain, source.path(), &other));
+        let (with, without) = (kld(&calibrated, source.path(), &other), kld(&plain, source.path(), &other));
         println!("{bits} bits/weight: {with:.5} calibrated, {without:.5} not");
         assert!(with < 0.85 * without, "{bits}: {with}, {without}");
         assert!(with < before, "{bits}: {with}, {before} with fewer bits");
@@ -196,8 +201,8 @@ fn degenerate_layers_are_calibrated_too() {
 fn what_cannot_be_calibrated_is_explained() {
     let (source, scratch) = (model(|_, _| {}), TempDir::new().unwrap());
     let error = |options: &CompressOptions, text: &[u32]| {
-        let mut model = load(source.path(), 1);
-        calibrate(&mut model, source.path(), options, text, scratch.path(), &Silent).unwrap_err().to_string()
+        let (original, mut model) = (load(source.path(), 1), load(source.path(), 1));
+        calibrate(&original, &mut model, source.path(), options, text, scratch.path(), &Silent).unwrap_err().to_string()
     };
     let found = error(&options(4.0), &tokens(MIN_TOKENS - 1, 2));
     assert!(found.contains("511 tokens") && found.contains("512 or more"), "{found}");
