@@ -50,7 +50,7 @@ pub struct Args {
     /// rate: encode the linear layers for the inputs that they have on a text [without FILE: text that the model writes]
     ///
     /// Runs the model layer by layer and rounds so that the error of its products is small, rather than that of its weights: at equal
-    /// size this takes a quarter to a third off the KL divergence. The text is to resemble what the model was made for; one
+    /// size this takes about a quarter off the KL divergence. The text is to resemble what the model was made for; one
     /// that does not can do harm. Without FILE the model writes one itself, at the speed at which it writes.
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     calibrate: Option<Option<PathBuf>>,
@@ -78,7 +78,6 @@ pub struct Args {
     /// Revision of a Hugging Face repository: a branch, tag or commit
     #[arg(long, default_value = hub::DEFAULT_REVISION)]
     revision: String,
-    /// What runs the model for --calibrate and --kld
     #[command(flatten)]
     machine: MachineArgs,
     /// Print a JSON object
@@ -96,7 +95,8 @@ struct Target {
     /// rate: the size of the weight files, as in 4GB or 700MB
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     size: Option<u64>,
-    /// rate: the mean KL divergence from the source in nats per token, on the text of --kld-text; found by search
+    /// rate: the mean KL divergence from the source in nats per token, on the text of --kld-text; found by search, whose
+    /// archives are all calibrated with --calibrate
     #[arg(long, value_name = "NATS")]
     kld: Option<f64>,
     /// rate: one of four sizes
