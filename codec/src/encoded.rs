@@ -1053,7 +1053,7 @@ pub fn encode_tensor(t: &Tensor, options: &EncodeOptions) -> Result<Vec<u8>> {
 /// Encodes a matrix for inputs whose second moments are known: `rate` with error feedback, which makes the products' error small
 /// rather than the weights'. The codes follow from `factor` as well as from the matrix, so that `t` alone does not yield them again.
 ///
-/// `targets`, where given, are the weights to come close to in place of the matrix's own: see [`InputFactor::corrected`].
+/// `targets`, where given, are the weights to come close to in place of the matrix's own: see [`Correction`](crate::feedback::Correction).
 ///
 /// # Errors
 /// As [`encode_tensor`]; a format other than `rate`; a factor or targets that do not fit the matrix.

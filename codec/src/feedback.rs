@@ -102,12 +102,14 @@ pub struct Drift {
     width: usize,
     /// `[width, width]`, row-major.
     sums: Vec<f32>,
+    /// Σ D².
+    power: f64,
 }
 
 impl Drift {
     /// None yet, of inputs of `width` values.
     pub fn new(width: usize) -> Self {
-        Self { width, sums: vec![0.0; width * width] }
+        Self { width, sums: vec![0.0; width * width], power: 0.0 }
     }
 
     /// Adds inputs `[n, width]`, and `differences`: what is to be added to each to make it the one that the product was made for. The
@@ -119,6 +121,7 @@ impl Drift {
         let n = x.len() / self.width;
         assert!(n * self.width == x.len() && x.len() == differences.len(), "whole inputs and their differences");
         let x = MatRef::from_row_major_slice(x, n, self.width);
+        self.power += differences.iter().map(|d| f64::from(*d) * f64::from(*d)).sum::<f64>();
         let differences = MatRef::from_row_major_slice(differences, n, self.width);
         self.sums.par_chunks_mut(TILE * self.width).enumerate().for_each(|(i, band)| {
             let n_rows = band.len() / self.width;
@@ -203,45 +206,95 @@ impl InputFactor {
         self.damping
     }
 
-    /// The matrix `[n_rows, width]` whose products with the inputs come closest to those that `t` has with the inputs that it was made
-    /// for: W + W·D·H⁻¹, where D is the drift over the same inputs as the moments H (as GPTAQ, Li et al. 2025, has it). It makes up for some of
-    /// what was lost before the inputs.
+    /// What to do about a drift over the same inputs as the moments were summed over: D·H⁻¹, the part of the drift that the inputs
+    /// themselves tell (as GPTAQ, Li et al. 2025, has it).
+    ///
+    /// With few inputs, some of that is chance: of drift that the inputs tell nothing of, `width / n_inputs` seems to be told. So it is
+    /// shrunk to the share that is left of it without.
     ///
     /// # Errors
-    /// A tensor that is not a non-empty matrix of BF16, F16 or F32; a width that is not the factor's.
-    pub fn corrected(&self, t: &Tensor, drift: &Drift) -> Result<Vec<f32>> {
-        let (n_rows, n) = matrix_shape(t)?;
-        self.check_width(n)?;
-        self.check_width(drift.width)?;
-        let row_bytes = t.data.len() / n_rows;
-        let sums = MatRef::from_row_major_slice(&drift.sums, n, n);
+    /// A drift of another width.
+    pub fn correction(&self, drift: &Drift) -> Result<Correction> {
+        let n = self.width;
+        check_width(self.width, drift.width)?;
         let mean = 1.0 / self.n_inputs.max(1) as f64;
-        let mut corrected = vec![0f32; n_rows * n];
-        corrected.par_chunks_mut(CHUNK_ROWS * n).zip(t.data.par_chunks(CHUNK_ROWS * row_bytes)).for_each(
-            |(out, bytes)| {
-                read_row(t.dtype, bytes, out);
-                let n_rows = out.len() / n;
-                let mut product = Mat::<f32>::zeros(n_rows, n);
-                matmul(&mut product, Accum::Replace, MatRef::from_row_major_slice(out, n_rows, n), sums, 1.0, Par::Seq);
-                let mut solved = Mat::from_fn(n, n_rows, |j, r| f64::from(product[(r, n - 1 - j)]) * mean);
+        let mut gain = vec![0f32; n * n];
+        let told: Vec<f64> = gain
+            .par_chunks_mut(CHUNK_ROWS * n)
+            .zip(drift.sums.par_chunks(CHUNK_ROWS * n))
+            .map(|(gain, sums)| {
+                let mut solved = Mat::from_fn(n, sums.len() / n, |j, r| f64::from(sums[r * n + n - 1 - j]) * mean);
                 self.reversed.solve_in_place(&mut solved);
-                for (r, out) in out.chunks_exact_mut(n).enumerate() {
-                    out.iter_mut().enumerate().for_each(|(j, w)| *w += solved[(n - 1 - j, r)] as f32);
+                let mut told = 0.0;
+                for (r, (gain, sums)) in gain.chunks_exact_mut(n).zip(sums.chunks_exact(n)).enumerate() {
+                    for (j, (gain, sum)) in gain.iter_mut().zip(sums).enumerate() {
+                        let value = solved[(n - 1 - j, r)];
+                        *gain = value as f32;
+                        told += value * f64::from(*sum) * mean;
+                    }
                 }
+                told
+            })
+            .collect();
+        // Summed in order, so that it does not depend on the number of threads.
+        let (told, power) = (told.iter().sum::<f64>(), drift.power * mean);
+        let by_chance = n as f64 * mean;
+        let share = match told > 0.0 && by_chance < 1.0 {
+            true => ((1.0 - by_chance * power / told) / (1.0 - by_chance)).clamp(0.0, 1.0),
+            false => 0.0,
+        };
+        gain.par_iter_mut().for_each(|gain| *gain *= share as f32);
+        Ok(Correction { width: n, gain, share })
+    }
+}
+
+/// How a product is to differ to make up for the drift of its inputs.
+#[derive(Debug, Clone)]
+pub struct Correction {
+    width: usize,
+    /// `[width, width]`, row-major: the drift to expect, by the inputs.
+    gain: Vec<f32>,
+    /// The share of what the inputs seemed to tell of the drift that was taken to be so.
+    share: f64,
+}
+
+impl Correction {
+    /// The share of what the inputs seemed to tell of the drift that was taken to be so, 0 to 1.
+    pub fn share(&self) -> f64 {
+        self.share
+    }
+
+    /// The matrix `[n_rows, width]` whose products with the drifted inputs come closest to those that `t` has with the inputs that it
+    /// was made for.
+    ///
+    /// # Errors
+    /// A tensor that is not a non-empty matrix of BF16, F16 or F32; another width.
+    pub fn apply(&self, t: &Tensor) -> Result<Vec<f32>> {
+        let (n_rows, n) = matrix_shape(t)?;
+        check_width(self.width, n)?;
+        let row_bytes = t.data.len() / n_rows;
+        let gain = MatRef::from_row_major_slice(&self.gain, n, n);
+        let mut corrected = vec![0f32; n_rows * n];
+        corrected.par_chunks_mut(CHUNK_ROWS * n).zip(t.data.par_chunks(CHUNK_ROWS * row_bytes)).for_each_init(
+            Vec::new,
+            |weights, (out, bytes)| {
+                read_row(t.dtype, bytes, out);
+                weights.clear();
+                weights.extend_from_slice(out);
+                let n_rows = out.len() / n;
+                let weights = MatRef::from_row_major_slice(weights, n_rows, n);
+                matmul(MatMut::from_row_major_slice_mut(out, n_rows, n), Accum::Add, weights, gain, 1.0, Par::Seq);
             },
         );
         Ok(corrected)
     }
+}
 
-    fn check_width(&self, n_cols: usize) -> Result<()> {
-        if n_cols == self.width {
-            return Ok(());
-        }
-        Err(Error::Parameter(format!(
-            "the matrix has {n_cols} columns, but the moments of its inputs have {}",
-            self.width
-        )))
+fn check_width(expected: usize, n_cols: usize) -> Result<()> {
+    if n_cols == expected {
+        return Ok(());
     }
+    Err(Error::Parameter(format!("the matrix has {n_cols} columns, but the moments of its inputs have {expected}")))
 }
 
 /// What a matrix is rounded to with feedback.
@@ -290,7 +343,7 @@ pub fn quantize_with_feedback(t: &Tensor, grid: &Grid<'_>, factor: &InputFactor)
     if !(step.is_normal() && step > 0.0) {
         return Err(Error::Parameter(format!("{step} is no step of a grid; it is a positive number")));
     }
-    factor.check_width(n_cols)?;
+    check_width(factor.width, n_cols)?;
     if grid.targets.is_some_and(|targets| targets.len() != n_rows * n_cols || !targets.iter().all(|w| w.is_finite())) {
         return Err(Error::Parameter(format!("a matrix of {n_rows} × {n_cols} needs as many targets, all finite")));
     }
@@ -603,7 +656,9 @@ mod tests {
             drift.add(d, x);
         }
         let (t, factor) = (tensor(&w, n_cols), factor(&drifted, n_cols));
-        let corrected = factor.corrected(&t, &drift).unwrap();
+        let correction = factor.correction(&drift).unwrap();
+        assert!(correction.share() > 0.9, "{}", correction.share());
+        let corrected = correction.apply(&t).unwrap();
         // Outputs of one matrix over one kind of inputs, against those of the other over the other.
         let error = |found: &[f32]| {
             let (mut error, mut total) = (0f64, 0f64);
@@ -617,8 +672,14 @@ mod tests {
             error / total
         };
         assert!(error(&corrected) < 0.2 * error(&w), "{} against {}", error(&corrected), error(&w));
-        let none = factor.corrected(&t, &Drift::new(n_cols)).unwrap();
+        let none = factor.correction(&Drift::new(n_cols)).unwrap().apply(&t).unwrap();
         assert_eq!(none, w);
+        // Drift of which the inputs tell nothing, but by chance.
+        let mut drift = Drift::new(n_cols);
+        drift.add(&noise(drifted.len(), 8), &drifted);
+        let share = factor.correction(&drift).unwrap().share();
+        assert!(share < 0.3, "{share}");
+        assert!(factor.correction(&Drift::new(n_cols + 1)).is_err());
 
         let grid = Grid { step: 0.1, raw_bits: Some(0), targets: Some(&corrected) };
         let q = quantize_with_feedback(&t, &grid, &factor).unwrap();

@@ -19,7 +19,7 @@ use crate::weights::{Loader, Weight};
 use codecllm_codec::archive::{self, Calibrated, Calibration, CompressOptions, PlannedTensor, Progress};
 use codecllm_codec::checkpoint::Checkpoint;
 use codecllm_codec::encoded::{Checks, EncodedTensor, encode_with_feedback};
-use codecllm_codec::feedback::{Drift, InputFactor, Moments};
+use codecllm_codec::feedback::{Correction, Drift, InputFactor, Moments};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -211,8 +211,9 @@ impl Job<'_> {
                 let (moments, drift) = self.moments(original, model, layer, site, &streams, &mut cache)?;
                 let factor = InputFactor::new(&moments)?;
                 drop(moments);
+                let correction = drift.map(|drift| factor.correction(&drift)).transpose()?;
                 for (module, planned) in wanted {
-                    let tensor = self.encode(&planned, &factor, drift.as_ref())?;
+                    let tensor = self.encode(&planned, &factor, correction.as_ref())?;
                     let (n_rows, n_cols) = (tensor.n_rows(), tensor.n_cols());
                     model.replace(layer, module, Weight::Encoded(tensor))?;
                     replaced.push((module, n_rows, n_cols));
@@ -291,12 +292,12 @@ impl Job<'_> {
         &mut self,
         planned: &PlannedTensor,
         factor: &InputFactor,
-        drift: Option<&Drift>,
+        correction: Option<&Correction>,
     ) -> Result<EncodedTensor> {
         let name = &planned.name;
         self.progress.tensor(name);
         let tensor = self.checkpoint.tensor(name)?;
-        let targets = drift.map(|drift| factor.corrected(&tensor, drift)).transpose().map_err(|e| e.in_tensor(name))?;
+        let targets = correction.map(|c| c.apply(&tensor)).transpose().map_err(|e| e.in_tensor(name))?;
         let n_weights: f64 = tensor.shape.iter().map(|n| *n as f64).product();
         // What the matrices before saved or took too much is shared out over those that follow.
         let wanted = planned.bits.map(|bits| bits + self.surplus * bits / self.left.max(bits));
