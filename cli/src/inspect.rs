@@ -1,6 +1,6 @@
 //! `codecllm inspect`.
 
-use crate::output::{self, Bar, CliResult};
+use crate::output::{self, Bar, CliResult, Unit};
 use codecllm_codec::archive::{self, BitsSplit, Inspection, TensorReport};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -26,7 +26,7 @@ pub struct Args {
 pub fn run(args: Args) -> CliResult {
     output::set_threads(args.threads)?;
     output::catch_ctrl_c()?;
-    let inspection = archive::inspect(&args.archive, &Bar::new("reading"))?;
+    let inspection = archive::inspect(&args.archive, &Bar::new("reading", Unit::Bytes))?;
     if args.json {
         output::print_json(&inspection)?
     } else {

@@ -109,12 +109,22 @@ pub struct Bar {
     bar: ProgressBar,
 }
 
+/// What a bar counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    Bytes,
+    Tokens,
+}
+
 impl Bar {
     /// A bar that says what is being done.
-    pub fn new(doing: &'static str) -> Self {
-        let style = ProgressStyle::with_template(
-            "{prefix} {bar:24} {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}  {eta} left  {wide_msg}",
-        );
+    pub fn new(doing: &'static str, unit: Unit) -> Self {
+        let style = ProgressStyle::with_template(match unit {
+            Unit::Bytes => {
+                "{prefix} {bar:24} {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}  {eta} left  {wide_msg}"
+            }
+            Unit::Tokens => "{prefix} {bar:24} {pos}/{len} tokens  {per_sec}  {eta} left",
+        });
         let bar = ProgressBar::new(0).with_prefix(doing);
         Self { bar: bar.with_style(style.expect("the template is well-formed")) }
     }

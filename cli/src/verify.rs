@@ -1,7 +1,7 @@
 //! `codecllm verify`.
 
 use crate::hub;
-use crate::output::{self, Bar, CliResult};
+use crate::output::{self, Bar, CliResult, Unit};
 use codecllm_codec::Cpu;
 use codecllm_codec::archive::{self, Status};
 use std::path::PathBuf;
@@ -48,7 +48,7 @@ pub fn run(args: Args) -> CliResult {
     };
     output::catch_ctrl_c()?;
     let cpus: Vec<Cpu> = args.cpu.map_or_else(|| Cpu::available().collect(), |cpu| vec![cpu]);
-    let report = archive::verify(&args.archive, source.as_deref(), &cpus, &Bar::new("verifying"))?;
+    let report = archive::verify(&args.archive, source.as_deref(), &cpus, &Bar::new("verifying", Unit::Bytes))?;
 
     if args.json {
         output::print_json(&report)?;

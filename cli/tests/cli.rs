@@ -171,7 +171,7 @@ fn demo_run_eval_and_rate_on_the_embedded_model() {
         "rate",
         "--kld",
         "0.1",
-        "--calibrate",
+        "--kld-text",
         text(&calibration),
         "--json",
     ];
@@ -185,9 +185,33 @@ fn demo_run_eval_and_rate_on_the_embedded_model() {
         assert!(eval[key].is_number(), "{key}: {eval}");
     }
 
-    for (args, said) in
-        [(vec!["--format", "rate"], "needs a target"), (vec!["--format", "int8", "--bits", "4"], "takes no target")]
-    {
+    // At equal size, a calibrated archive is nearer to its source, on text that has no part in it.
+    let divergence = |name: &str, calibrate: &[&str]| {
+        let archive = format!("{keep}/{name}");
+        let rate = ["compress", &source, "-o", &archive, "--format", "rate", "--bits", "4.5", "--json"];
+        let compressed = json_of(&codecllm(rate.iter().chain(calibrate)));
+        assert!((compressed["bits_per_weight"].as_f64().unwrap() / 4.5 - 1.0).abs() < 0.01, "{compressed}");
+        assert_eq!(compressed["calibration"].is_null(), calibrate.is_empty(), "{compressed}");
+        let proof = json_of(&codecllm(["verify", &archive, "--source", &source, "--json"]));
+        assert_eq!(proof["status"], "proven");
+        let eval = ["eval", &archive, "--text", text(&calibration), "--baseline", &source, "--greedy-tokens", "0"];
+        let kld = json_of(&codecllm(eval.iter().chain(&["--json"])))["kld_mean"].as_f64().unwrap();
+        (kld, compressed["calibration"].clone())
+    };
+    let (plain, _) = divergence("plain", &[]);
+    let (calibrated, cost) = divergence("calibrated", &["--calibrate", "--samples", "8"]);
+    assert!(calibrated < 0.95 * plain, "{calibrated} calibrated, {plain} not");
+    assert_eq!((&cost["n_tokens"], &cost["is_own_text"]), (&json!(8 * 512), &json!(true)));
+    assert!(cost["text_s"].as_f64().unwrap() > 0.0 && cost["encode_s"].as_f64().unwrap() > 0.0, "{cost}");
+
+    let short = text(&calibration);
+    for (args, said) in [
+        (vec!["--format", "rate"], "needs a target"),
+        (vec!["--format", "rate", "--calibrate"], "needs a target"),
+        (vec!["--format", "int8", "--bits", "4"], "takes no target"),
+        (vec!["--format", "int8", "--calibrate"], "--format rate"),
+        (vec!["--format", "rate", "--bits", "4", "--calibrate", short], "give one of 512 or more"),
+    ] {
         let refused = codecllm([vec!["compress", &source, "-o", "x"], args].concat());
         assert_eq!(code(&refused), 2);
         assert!(stderr(&refused).contains(said), "{}", stderr(&refused));

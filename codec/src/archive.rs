@@ -13,12 +13,12 @@ mod rate;
 mod shard;
 mod verify;
 
-pub use compress::{CompressOptions, Summary, compress};
+pub use compress::{Calibrated, CompressOptions, Summary, compress, plan};
 pub use inspect::{BitsSplit, CoderParams, EncodedTotal, Inspection, TensorReport, Total, inspect};
-pub use layers::Layers;
+pub use layers::{Layers, is_embedding_or_head};
 pub use partial::partial_path;
-pub use provenance::{FileRecord, PROVENANCE_FILE, Provenance, Settings};
-pub use rate::RateTarget;
+pub use provenance::{Calibration, FileRecord, PROVENANCE_FILE, Provenance, Settings};
+pub use rate::{PlannedTensor, RateTarget};
 pub use verify::{Check, Report, Status, verify};
 
 use crate::checkpoint::{CONFIG_FILE, INDEX_FILE};

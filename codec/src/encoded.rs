@@ -8,10 +8,14 @@ use crate::checkpoint::{Dtype, Tensor};
 use crate::cpu::Cpu;
 use crate::entropy::{FrequencyTable, Transition, choose_table};
 use crate::error::{Error, Result};
+use crate::feedback::{Grid, InputFactor, quantize_with_feedback};
 use crate::format::{Coder, Format, ScaleMode};
 #[cfg(target_arch = "x86_64")]
 use crate::product::decode_dense;
-use crate::quantize::{Codes, QuantizedTensor, Scales, code_value, matrix_shape, quantize, quantize_to_step, scale_of};
+use crate::quantize::{
+    Codes, INT8_MAX, QuantizedTensor, Scales, code_value, matrix_shape, quantize, quantize_to_step, read_row,
+    row_magnitudes, scale_of,
+};
 use crate::simd::{Plan, Quads};
 use bytes::Bytes;
 use rayon::prelude::*;
@@ -863,14 +867,8 @@ impl EncodedTensor {
     /// A source that cannot be quantized, or a payload that does not decode.
     pub fn verify_source(&self, source: &Tensor, cpu: Cpu) -> Result<Option<String>> {
         let (n_rows, n_cols) = matrix_shape(source)?;
-        if (n_rows, n_cols) != (self.n_rows(), self.n_cols()) {
-            return Ok(Some(format!("the shape is {} × {n_cols}, the source's is {n_rows} × {n_cols}", self.n_rows())));
-        }
-        if source.dtype != self.header.source_dtype {
-            return Ok(Some(format!(
-                "it was encoded from {:?}, the source is {:?}",
-                self.header.source_dtype, source.dtype
-            )));
+        if let Some(difference) = self.kind_difference(source, n_rows, n_cols) {
+            return Ok(Some(difference));
         }
         let mode = if self.header.scale_kind == ScaleKind::Tensor { ScaleMode::Tensor } else { ScaleMode::Channel };
         let raw_bits = (self.header.coder == Coder::Rans).then_some(self.header.params.raw_bits);
@@ -893,6 +891,59 @@ impl EncodedTensor {
             codes.get(at),
             expected.codes.get(at)
         )))
+    }
+}
+
+/// What stays provable of a matrix that was encoded with error feedback, whose codes follow from more than the matrix.
+impl EncodedTensor {
+    /// Compares dtype and shape with `source`, the scales with the grid that the header's step yields for it, and the relative error,
+    /// computed anew, with the header's: none if all agree, else what differs first.
+    ///
+    /// # Errors
+    /// A source that cannot be quantized, or a payload that does not decode.
+    pub fn verify_calibrated(&self, source: &Tensor, cpu: Cpu) -> Result<Option<String>> {
+        let (n_rows, n_cols) = matrix_shape(source)?;
+        if let Some(difference) = self.kind_difference(source, n_rows, n_cols) {
+            return Ok(Some(difference));
+        }
+        let step = self.header.step;
+        let steps: Vec<f32> =
+            row_magnitudes(source, n_cols, Format::Rate)?.iter().map(|a| step.max(a / INT8_MAX)).collect();
+        let fit = self.scale(0) / steps[0];
+        let is_on_grid = |row: usize| (self.scale(row) / (fit * steps[row]) - 1.0).abs() < 1e-5;
+        if !(0.49..2.01).contains(&fit) || !(0..n_rows).all(is_on_grid) {
+            return Ok(Some(format!("its scales are not those of a grid of step {step}")));
+        }
+        let row_bytes = source.data.len() / n_rows;
+        let errors = (0..n_rows.div_ceil(BLOCK_ROWS))
+            .into_par_iter()
+            .map(|i| {
+                let rows = i * BLOCK_ROWS..n_rows.min((i + 1) * BLOCK_ROWS);
+                let (mut found, mut expected) = (vec![0f32; rows.len() * n_cols], vec![0f32; rows.len() * n_cols]);
+                self.decode_rows(cpu, rows.clone(), &mut found)?;
+                read_row(source.dtype, &source.data[rows.start * row_bytes..rows.end * row_bytes], &mut expected);
+                Ok(found.iter().zip(&expected).fold([0f64; 2], |[error, weight], (found, w)| {
+                    let (found, w) = (f64::from(*found), f64::from(*w));
+                    [error + (w - found) * (w - found), weight + w * w]
+                }))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let [error, weight] = errors.iter().fold([0f64; 2], |a, b| [a[0] + b[0], a[1] + b[1]]);
+        let error = if weight > 0.0 { (error / weight).sqrt() } else { error };
+        let recorded = f64::from(self.header.relative_error);
+        if (error - recorded).abs() > 1e-4 * recorded + 1e-6 {
+            return Ok(Some(format!("its relative error from the source is {error:.6}, not {recorded:.6} as it says")));
+        }
+        Ok(None)
+    }
+
+    fn kind_difference(&self, source: &Tensor, n_rows: usize, n_cols: usize) -> Option<String> {
+        if (n_rows, n_cols) != (self.n_rows(), self.n_cols()) {
+            let (rows, cols) = (self.n_rows(), self.n_cols());
+            return Some(format!("the shape is {rows} × {cols}, the source's is {n_rows} × {n_cols}"));
+        }
+        let (found, expected) = (self.header.source_dtype, source.dtype);
+        (found != expected).then(|| format!("it was encoded from {found:?}, the source is {expected:?}"))
     }
 }
 
@@ -986,7 +1037,7 @@ pub fn encode_tensor(t: &Tensor, options: &EncodeOptions) -> Result<Vec<u8>> {
     if let Some(params) = params {
         params.validate(options.format)?;
     }
-    let (n_rows, n_cols) = matrix_shape(t)?;
+    matrix_shape(t)?;
     let q = match (options.format, options.step) {
         (Format::Rate, Some(step)) => {
             let (q, chosen) = quantize_for_coder(t, step, options)?;
@@ -996,6 +1047,50 @@ pub fn encode_tensor(t: &Tensor, options: &EncodeOptions) -> Result<Vec<u8>> {
         (Format::Rate, None) => return Err(Error::Parameter("`rate` needs the step of its grid".into())),
         (format, _) => quantize(t, format, options.scale)?,
     };
+    encode_quantized(t, q, params, options)
+}
+
+/// Encodes a matrix for inputs whose second moments are known: `rate` with error feedback, which makes the products' error small
+/// rather than the weights'. The codes follow from `factor` as well as from the matrix, so that `t` alone does not yield them again.
+///
+/// `targets`, where given, are the weights to come close to in place of the matrix's own: see [`Correction`](crate::feedback::Correction).
+///
+/// # Errors
+/// As [`encode_tensor`]; a format other than `rate`; a factor or targets that do not fit the matrix.
+pub fn encode_with_feedback(
+    t: &Tensor,
+    options: &EncodeOptions,
+    factor: &InputFactor,
+    targets: Option<&[f32]>,
+) -> Result<Vec<u8>> {
+    let (Format::Rate, Some(step)) = (options.format, options.step) else {
+        return Err(Error::Parameter("only `rate`, whose grid has a step, is encoded with error feedback".into()));
+    };
+    let (n_rows, n_cols) = matrix_shape(t)?;
+    let mut params = options.params;
+    let mut grid = Grid { step, raw_bits: None, targets };
+    if options.coder == Coder::Rans {
+        if let Some(params) = params {
+            params.validate(options.format)?;
+        } else {
+            let nearest = quantize_with_feedback(t, &grid, factor)?;
+            let Codes::U8(codes) = &nearest.codes else { unreachable!("codes of `rate` are bytes") };
+            params = Some(choose_params(Format::Rate, codes, n_rows, n_cols, options.prefer));
+        }
+        grid.raw_bits = params.map(|p| p.raw_bits);
+    }
+    let q = quantize_with_feedback(t, &grid, factor)?;
+    encode_quantized(t, q, params, options)
+}
+
+/// The bytes of a quantized matrix; `t` says what it was.
+fn encode_quantized(
+    t: &Tensor,
+    q: QuantizedTensor<'_>,
+    params: Option<Params>,
+    options: &EncodeOptions,
+) -> Result<Vec<u8>> {
+    let (n_rows, n_cols) = matrix_shape(t)?;
     let header = Header {
         format: options.format,
         coder: options.coder,

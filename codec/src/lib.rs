@@ -12,6 +12,7 @@ pub mod cpu;
 pub mod encoded;
 pub mod entropy;
 pub mod error;
+pub mod feedback;
 pub mod format;
 pub mod product;
 pub mod quantize;
@@ -19,7 +20,7 @@ mod simd;
 
 pub use checkpoint::{Checkpoint, Dtype, Tensor};
 pub use cpu::Cpu;
-pub use encoded::{Checks, EncodeOptions, EncodedTensor, Prefer, encode_tensor};
+pub use encoded::{Checks, EncodeOptions, EncodedTensor, Prefer, encode_tensor, encode_with_feedback};
 pub use error::{Error, Result};
 pub use format::{Coder, Format, ScaleMode};
 pub use product::Operand;

@@ -151,7 +151,7 @@ pub fn code_value(format: Format, code: u16) -> f32 {
 }
 
 /// Reads one row of a source tensor as float32; `row.len()` is the number of columns.
-fn read_row(dtype: Dtype, bytes: &[u8], row: &mut [f32]) {
+pub(crate) fn read_row(dtype: Dtype, bytes: &[u8], row: &mut [f32]) {
     match dtype {
         Dtype::Bf16 => {
             bytes.as_chunks::<2>().0.iter().zip(row).for_each(|(b, v)| *v = bf16::from_le_bytes(*b).to_f32())
@@ -260,7 +260,7 @@ impl Error2 {
 ///
 /// # Errors
 /// A weight that is not finite.
-fn row_magnitudes(t: &Tensor, n_cols: usize, format: Format) -> Result<Vec<f32>> {
+pub(crate) fn row_magnitudes(t: &Tensor, n_cols: usize, format: Format) -> Result<Vec<f32>> {
     let row_bytes = t.data.len() / t.shape[0];
     t.data
         .par_chunks(row_bytes)
@@ -436,13 +436,13 @@ pub fn quantize_to_step(t: &Tensor, step: f32, raw_bits: Option<u32>) -> Result<
 
 /// The magnitude of the code of `x` ≥ 0 steps: the grid point below, or the one above from the threshold on.
 #[inline(always)]
-fn grid_magnitude(x: f32, thresholds: &[f32; 128]) -> u8 {
+pub(crate) fn grid_magnitude(x: f32, thresholds: &[f32; 128]) -> u8 {
     let below = x.min(INT8_MAX) as u8;
     below + u8::from(below < 127 && x - f32::from(below) >= thresholds[usize::from(below)])
 }
 
 /// From which fraction of a step on the upper point costs less, by the lower point's magnitude, given how often magnitudes occur.
-fn cheapest_thresholds(counts: &[u64; 128], raw_bits: u32) -> [f32; 128] {
+pub(crate) fn cheapest_thresholds(counts: &[u64; 128], raw_bits: u32) -> [f32; 128] {
     // Without raw bits the sign is coded too: each sign has half of a magnitude's weights.
     let part = |magnitude: usize| magnitude >> raw_bits.saturating_sub(1);
     let mut parts = [0u64; 128];

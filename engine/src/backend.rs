@@ -181,6 +181,9 @@ pub trait Backend: Send + Sync + Sized {
     /// A logit was not a number.
     fn likeliest(&self, batch: &Self::Batch, logits: &Self::Buffer) -> Result<u32>;
 
+    /// Copies `values` from the host to the start of a buffer, after the operations before it.
+    fn write(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<()>;
+
     /// Copies the first `out.len()` values of a buffer to the host, once the operations before it are done.
     fn read(&self, buffer: &Self::Buffer, out: &mut [f32]) -> Result<()>;
 }

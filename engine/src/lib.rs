@@ -2,9 +2,11 @@
 //!
 //! [`config`] says what the model is, [`weights`] finds its tensors, [`llama`] is the forward pass, written once in the
 //! operations of [`backend`], which [`cpu`] and [`cuda`] implement. Around it stand the [`tokenizer`] and the [`chat`] template, the
-//! [`sampler`], [`generate`](mod@generate), which makes text of them, and [`evaluate`](mod@evaluate), which measures.
+//! [`sampler`], [`generate`](mod@generate), which makes text of them, [`evaluate`](mod@evaluate), which measures, and
+//! [`calibrate`](mod@calibrate), which compresses a model for the inputs that its matrices have.
 
 pub mod backend;
+pub mod calibrate;
 pub mod chat;
 pub mod config;
 pub mod cpu;
@@ -18,6 +20,7 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use backend::Logits;
+pub use calibrate::calibrate;
 pub use chat::{ChatTemplate, Message};
 pub use config::Config;
 pub use error::{Error, Result};

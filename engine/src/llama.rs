@@ -5,10 +5,11 @@ use crate::backend::{Attention, Backend, CacheShape, Input, Logits, Norm, Projec
 use crate::config::Config;
 use crate::cpu::CpuBackend;
 use crate::error::{Error, Result};
-use crate::weights::{Loader, TensorSource};
+use crate::weights::{Loader, TensorSource, Weight};
 use codecllm_codec::Cpu;
 use codecllm_codec::checkpoint::Checkpoint;
 use codecllm_codec::encoded::Checks;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 /// How a model is loaded and what it runs on.
@@ -68,6 +69,19 @@ impl<B: Backend> Linear<B> {
     fn added_to<'a>(&'a self, out: &'a mut B::Buffer) -> Projection<'a, B> {
         Projection { adds: true, ..self.onto(out) }
     }
+}
+
+/// A place in a layer whose values one or several products read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Site {
+    /// Queries, keys and values; before the norm.
+    Attention,
+    /// The attention's output projection.
+    AttentionOutput,
+    /// Gate and up; before the norm.
+    Mlp,
+    /// Down.
+    MlpOutput,
 }
 
 /// The state of one sequence: its keys and values, and the workspace of its forward passes.
@@ -319,28 +333,148 @@ impl<B: Backend> Model<B> {
     /// The forward pass over the batch that was begun.
     fn pass(&self, caches: &mut [B::Cache], workspace: &mut Workspace<B>, want: Option<Logits>) -> Result<()> {
         let b = &self.backend;
-        let norm = |weight| Norm { weight, eps: self.config.rms_norm_eps };
-        let Workspace { batch, x, q, k, v, attended, gate, up, logits, .. } = workspace;
-        b.embed(batch, &self.embedding, x)?;
+        b.embed(&workspace.batch, &self.embedding, &mut workspace.x)?;
         for (layer, cache) in self.layers.iter().zip(caches) {
-            let normed = Input { x, norm: Some(norm(&layer.attention_norm)) };
-            b.project(batch, normed, &mut [layer.query.onto(q), layer.key.onto(k), layer.value.onto(v)])?;
-            let head_norms = layer.head_norms.as_ref().map(|(query, key)| (norm(query), norm(key)));
-            b.attend(batch, Attention { q, k, v, head_norms, window: layer.window }, cache, attended)?;
-            b.project(batch, Input { x: attended, norm: None }, &mut [layer.output.added_to(x)])?;
-
-            let normed = Input { x, norm: Some(norm(&layer.mlp_norm)) };
-            b.project_gated(batch, normed, layer.gate.onto(gate), layer.up.onto(up))?;
-            b.project(batch, Input { x: gate, norm: None }, &mut [layer.down.added_to(x)])?;
+            self.layer_pass(layer, cache, workspace, |_, _| Ok(ControlFlow::Continue(())))?;
         }
+        let Workspace { batch, x, logits, .. } = workspace;
         if let Some(want) = want {
-            let normed = Input { x, norm: Some(norm(&self.norm)) };
+            let normed = Input { x, norm: Some(self.norm(&self.norm)) };
             b.logits(batch, normed, self.head.as_ref().unwrap_or(&self.embedding), want, logits)?;
             if want == Logits::Last {
                 b.choose(batch, logits)?;
             }
         }
         Ok(())
+    }
+}
+
+/// Layers one by one, for whoever wants to know what they compute.
+impl<B: Backend> Model<B> {
+    /// The embeddings of `tokens`, `[tokens.len(), hidden_size]`.
+    ///
+    /// # Errors
+    /// A token that is not in the vocabulary.
+    pub fn embed(&self, tokens: &[u32], cache: &mut KvCache<B>) -> Result<Vec<f32>> {
+        cache.reset();
+        self.check_tokens(tokens, cache)?;
+        let width = self.config.hidden_size;
+        let mut out = vec![0.0; tokens.len() * width];
+        let Workspace { batch, x, .. } = &mut cache.workspace;
+        for (tokens, out) in tokens.chunks(B::CHUNK).zip(out.chunks_mut(B::CHUNK * width)) {
+            self.backend.begin(batch, tokens, 0)?;
+            self.backend.run(None, || self.backend.embed(batch, &self.embedding, x))?;
+            self.backend.read(x, out)?;
+        }
+        Ok(out)
+    }
+
+    /// Runs layer `layer` over the residual stream `x`, `[n_tokens, hidden_size]`, of a sequence's first tokens, in place.
+    /// `observe` is given what each site's products read, `[n, width]`, some tokens at a time. Where it breaks, these tokens go no
+    /// further, and their part of `x` is of no use.
+    ///
+    /// The cache must come from this model's [`new_cache`](Self::new_cache); what is in it is forgotten.
+    ///
+    /// # Errors
+    /// More tokens than the cache has room for; an error of `observe`.
+    pub fn run_layer(
+        &self,
+        layer: usize,
+        x: &mut [f32],
+        cache: &mut KvCache<B>,
+        mut observe: impl FnMut(Site, &[f32]) -> Result<ControlFlow<()>> + Send,
+    ) -> Result<()> {
+        let (b, config) = (&self.backend, &self.config);
+        cache.reset();
+        let width = config.hidden_size;
+        let n_tokens = x.len() / width;
+        if n_tokens > cache.capacity {
+            return Err(Error::Context { what: "the cache's capacity", limit: cache.capacity, wanted: n_tokens });
+        }
+        let KvCache { layers, workspace, .. } = cache;
+        let mut values = Vec::new();
+        for (i, x) in x.chunks_mut(B::CHUNK * width).enumerate() {
+            let n = x.len() / width;
+            b.begin(&mut workspace.batch, &vec![0; n], i * B::CHUNK)?;
+            b.run(None, || {
+                b.write(&mut workspace.x, x)?;
+                self.layer_pass(&self.layers[layer], &mut layers[layer], workspace, |site, buffer| {
+                    values.resize(n * self.site_width(site), 0.0);
+                    b.read(buffer, &mut values)?;
+                    observe(site, &values)
+                })
+            })?;
+            b.read(&workspace.x, x)?;
+        }
+        Ok(())
+    }
+
+    /// Values of a token at a site.
+    pub fn site_width(&self, site: Site) -> usize {
+        match site {
+            Site::Attention | Site::Mlp => self.config.hidden_size,
+            Site::AttentionOutput => self.config.q_width(),
+            Site::MlpOutput => self.config.intermediate_size,
+        }
+    }
+
+    /// Puts another matrix in the place of a layer's, `module` being its name within the layer, as in `mlp.up_proj`.
+    ///
+    /// # Errors
+    /// A layer has no such matrix; the backend's own.
+    pub fn replace(&mut self, layer: usize, module: &str, weight: Weight) -> Result<()> {
+        let matrix = self.backend.matrix(weight)?;
+        let layer = &mut self.layers[layer];
+        let linear = match module {
+            "self_attn.q_proj" => &mut layer.query,
+            "self_attn.k_proj" => &mut layer.key,
+            "self_attn.v_proj" => &mut layer.value,
+            "self_attn.o_proj" => &mut layer.output,
+            "mlp.gate_proj" => &mut layer.gate,
+            "mlp.up_proj" => &mut layer.up,
+            "mlp.down_proj" => &mut layer.down,
+            _ => return Err(Error::weights(module, "is no matrix of a layer")),
+        };
+        linear.matrix = matrix;
+        Ok(())
+    }
+
+    fn norm<'a>(&self, weight: &'a B::Vector) -> Norm<'a, B> {
+        Norm { weight, eps: self.config.rms_norm_eps }
+    }
+
+    /// One layer of the pass, over the batch that was begun. `observe` is called before the products of each site, and may end
+    /// the pass there.
+    fn layer_pass(
+        &self,
+        layer: &Layer<B>,
+        cache: &mut B::Cache,
+        workspace: &mut Workspace<B>,
+        mut observe: impl FnMut(Site, &B::Buffer) -> Result<ControlFlow<()>>,
+    ) -> Result<()> {
+        let b = &self.backend;
+        let Workspace { batch, x, q, k, v, attended, gate, up, .. } = workspace;
+        if observe(Site::Attention, x)?.is_break() {
+            return Ok(());
+        }
+        let normed = Input { x, norm: Some(self.norm(&layer.attention_norm)) };
+        b.project(batch, normed, &mut [layer.query.onto(q), layer.key.onto(k), layer.value.onto(v)])?;
+        let head_norms = layer.head_norms.as_ref().map(|(query, key)| (self.norm(query), self.norm(key)));
+        b.attend(batch, Attention { q, k, v, head_norms, window: layer.window }, cache, attended)?;
+        if observe(Site::AttentionOutput, attended)?.is_break() {
+            return Ok(());
+        }
+        b.project(batch, Input { x: attended, norm: None }, &mut [layer.output.added_to(x)])?;
+
+        if observe(Site::Mlp, x)?.is_break() {
+            return Ok(());
+        }
+        let normed = Input { x, norm: Some(self.norm(&layer.mlp_norm)) };
+        b.project_gated(batch, normed, layer.gate.onto(gate), layer.up.onto(up))?;
+        if observe(Site::MlpOutput, gate)?.is_break() {
+            return Ok(());
+        }
+        b.project(batch, Input { x: gate, norm: None }, &mut [layer.down.added_to(x)])
     }
 }
 

@@ -2,8 +2,8 @@
 
 use super::RateTarget;
 use super::partial::{FinishedShard, Partial, Target, write_synced};
-use super::provenance::{FileRecord, PROVENANCE_FILE, Provenance, Settings, to_pretty_json};
-use super::rate::choose_steps;
+use super::provenance::{Calibration, FileRecord, PROVENANCE_FILE, Provenance, Settings, to_pretty_json};
+use super::rate::{PlannedTensor, choose_steps};
 use super::shard::ShardWriter;
 use super::{Layers, Progress, check_stopped, is_companion, read_config};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, Dtype, INDEX_FILE, Shard, TensorInfo};
@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// How to compress a checkpoint.
 #[derive(Debug, Clone, Default)]
@@ -24,12 +24,42 @@ pub struct CompressOptions {
     pub encode: EncodeOptions,
     /// `rate`: what its steps are chosen for; the other formats have no target.
     pub rate: Option<RateTarget>,
+    /// Matrices that were encoded for a model's inputs, and how the others are.
+    pub calibrated: Option<Calibrated>,
     /// Which matrices to encode.
     pub layers: Layers,
     /// Replace an archive that exists already, once the new one is complete.
     pub force: bool,
     /// Reuse the finished shards of an interrupted run whose source and options were the same.
     pub resume: bool,
+}
+
+/// What [`compress`] takes over from a calibration: that needs the model to run, which this crate does not.
+#[derive(Debug, Clone)]
+pub struct Calibrated {
+    /// What it was made with.
+    pub record: Calibration,
+    /// Of each calibrated matrix, the file that holds it, encoded.
+    pub files: HashMap<String, PathBuf>,
+    /// Of each other matrix that was selected, how it is encoded.
+    pub others: HashMap<String, EncodeOptions>,
+}
+
+/// How [`compress`] would encode each matrix as `rate`.
+///
+/// # Errors
+/// As [`compress`], as far as the source and the target are concerned.
+pub fn plan(src: &Path, options: &CompressOptions, progress: &dyn Progress) -> Result<Vec<PlannedTensor>> {
+    let source = Checkpoint::open(src)?;
+    refuse_compressed(&source, read_config(src)?.as_ref())?;
+    let selected = options.layers.select(&source)?;
+    match (options.encode.format, options.rate) {
+        (Format::Rate, Some(rate)) => choose_steps(&source, &selected, rate, &options.encode, progress),
+        (Format::Rate, None) => {
+            Err(Error::Parameter("format `rate` needs a target: bits per weight, a size, or a KL divergence".into()))
+        }
+        (format, _) => Err(Error::Parameter(format!("format `{format}` takes no target"))),
+    }
 }
 
 /// What [`compress`] did.
@@ -65,17 +95,21 @@ pub fn compress(src: &Path, dst: &Path, options: &CompressOptions, progress: &dy
     let selected = options.layers.select(&source)?;
     let settings = Settings::new(options);
     let target = Target::new(src, dst, options.force, progress)?;
-    let chosen = match (options.encode.format, options.rate) {
-        (Format::Rate, Some(rate)) => choose_steps(&source, &selected, rate, &options.encode, progress)?,
-        (Format::Rate, None) => {
-            return Err(Error::Parameter(
-                "format `rate` needs a target: bits per weight, a size, or a KL divergence".into(),
-            ));
+    let chosen = match (&options.calibrated, options.encode.format, options.rate) {
+        (Some(calibrated), ..) => {
+            let is_known = |name: &&str| calibrated.files.contains_key(*name) || calibrated.others.contains_key(*name);
+            if let Some(name) = selected.iter().find(|name| !is_known(name)) {
+                return Err(Error::Parameter(format!("tensor `{name}` is selected, but the calibration left it out")));
+            }
+            calibrated.others.clone()
         }
-        (format, Some(_)) => return Err(Error::Parameter(format!("format `{format}` takes no target"))),
+        (None, Format::Rate, _) | (None, _, Some(_)) => {
+            plan(src, options, progress)?.into_iter().map(|planned| (planned.name, planned.options)).collect()
+        }
         _ => HashMap::new(),
     };
-    let job = Job { source: &source, selected, encode: options.encode, chosen, progress };
+    let calibrated = options.calibrated.as_ref().map(|c| &c.files);
+    let job = Job { source: &source, selected, encode: options.encode, chosen, calibrated, progress };
     job.note_rounding();
     let mut partial = Partial::open(target, settings.clone(), options.resume, progress)?;
     match job.fill(&mut partial, config, settings) {
@@ -110,6 +144,8 @@ struct Job<'a> {
     encode: EncodeOptions,
     /// `rate`: by tensor.
     chosen: HashMap<String, EncodeOptions>,
+    /// Files of tensors that are encoded already.
+    calibrated: Option<&'a HashMap<String, PathBuf>>,
     progress: &'a dyn Progress,
 }
 
@@ -237,11 +273,16 @@ impl Job<'_> {
             self.progress.tensor(&info.name);
             let tensor = self.source.tensor(&info.name)?;
             if self.is_selected(info) {
-                let encode = self.chosen.get(&info.name).unwrap_or(&self.encode);
-                let bytes = encode_tensor(&tensor, encode).map_err(|e| {
-                    let path = self.source.path().join(&shard.file_name);
-                    e.in_tensor(&info.name).within(path.display())
-                })?;
+                let bytes = match self.calibrated.and_then(|files| files.get(&info.name)) {
+                    Some(path) => fs::read(path).map_err(|e| Error::io(path, e))?,
+                    None => {
+                        let encode = self.chosen.get(&info.name).unwrap_or(&self.encode);
+                        encode_tensor(&tensor, encode).map_err(|e| {
+                            let path = self.source.path().join(&shard.file_name);
+                            e.in_tensor(&info.name).within(path.display())
+                        })?
+                    }
+                };
                 writer.append(&info.name, Dtype::U8, &[bytes.len()], &bytes)?;
                 tensor_bytes += bytes.len() as u64;
             } else {

@@ -92,7 +92,8 @@ pub(super) fn last_module(name: &str) -> &str {
     module.rsplit('.').next().unwrap_or(module)
 }
 
-pub(super) fn is_embedding_or_head(name: &str) -> bool {
+/// Whether a matrix is an embedding or an output head: no linear layer.
+pub fn is_embedding_or_head(name: &str) -> bool {
     let module = name.strip_suffix(".weight").unwrap_or(name);
     let last = last_module(name);
     last.contains("embed") || matches!(last, "wte" | "wpe" | "lm_head") || module == "output"

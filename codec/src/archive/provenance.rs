@@ -75,6 +75,37 @@ pub struct Settings {
     /// `rate`: what its steps were chosen for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
+    /// `rate`: the text whose inputs the linear layers were encoded for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibration>,
+}
+
+/// What a calibration was made with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Calibration {
+    /// SHA-256 of the tokens, as 32-bit little-endian integers, in hexadecimal.
+    pub tokens_sha256: String,
+    /// How many there are.
+    pub n_tokens: u64,
+    /// Tokens of the windows that they ran in.
+    pub window: u64,
+    /// Matrices that were calibrated.
+    pub n_tensors: u64,
+}
+
+impl Calibration {
+    /// The record of `n_tensors` matrices calibrated on `tokens`.
+    pub fn new(tokens: &[u32], window: usize, n_tensors: usize) -> Self {
+        let mut hasher = Sha256::new();
+        tokens.iter().for_each(|token| hasher.update(token.to_le_bytes()));
+        Self {
+            tokens_sha256: hex(&hasher.finalize()),
+            n_tokens: tokens.len() as u64,
+            window: window as u64,
+            n_tensors: n_tensors as u64,
+        }
+    }
 }
 
 impl Settings {
@@ -87,6 +118,7 @@ impl Settings {
             prefer,
             layers: options.layers.to_string(),
             target: options.rate.map(|target| target.to_string()),
+            calibration: options.calibrated.as_ref().map(|calibrated| calibrated.record.clone()),
         }
     }
 

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::quantize::quantize_to_step;
 use bytes::Bytes;
 use rayon::prelude::*;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 /// What `rate` aims at.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -132,7 +132,18 @@ impl<'a> Candidate<'a> {
     }
 }
 
-/// How each of the selected tensors is encoded.
+/// How a tensor is to be encoded.
+#[derive(Debug, Clone)]
+pub struct PlannedTensor {
+    /// Its name.
+    pub name: String,
+    /// Step and parameters.
+    pub options: EncodeOptions,
+    /// The bits that it is expected to take, as its share of the target; none where the target is a step.
+    pub bits: Option<f64>,
+}
+
+/// How each of the selected tensors is encoded, in the order of the checkpoint.
 ///
 /// # Errors
 /// A target that the format cannot meet: the message says what it can.
@@ -142,7 +153,7 @@ pub(super) fn choose_steps(
     target: RateTarget,
     options: &EncodeOptions,
     progress: &dyn Progress,
-) -> Result<HashMap<String, EncodeOptions>> {
+) -> Result<Vec<PlannedTensor>> {
     let sample_weights = (SAMPLE_WEIGHTS / selected.len().max(1)).max(MIN_SAMPLE);
     let mut candidates = Vec::new();
     for info in source.tensors().iter().filter(|t| selected.contains(t.name.as_str())) {
@@ -176,7 +187,14 @@ pub(super) fn choose_steps(
             theta
         }
     };
-    Ok(candidates.iter().map(|c| (c.info.name.clone(), c.options(theta, options))).collect())
+    let is_sized = !matches!(target, RateTarget::Step(_));
+    candidates
+        .par_iter()
+        .map(|c| {
+            let bits = if is_sized { Some(c.bits(theta)?) } else { None };
+            Ok(PlannedTensor { name: c.info.name.clone(), options: c.options(theta, options), bits })
+        })
+        .collect()
 }
 
 /// The θ at which the candidates take `wanted` bits together.

@@ -1,7 +1,7 @@
 //! Proves an archive: its structure, its decoders against the reference, its weights against the source.
 
 use super::provenance::{FileRecord, PROVENANCE_FILE, Provenance};
-use super::{Progress, check_stopped, read_config};
+use super::{Progress, check_stopped, is_embedding_or_head, read_config};
 use crate::Cpu;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, Dtype, INDEX_FILE, TensorInfo};
 use crate::encoded::{Checks, EncodedTensor};
@@ -123,6 +123,12 @@ pub fn verify(archive: &Path, source: Option<&Path>, cpus: &[Cpu], progress: &dy
             checks.push(structure.finish(|_| String::new()));
         }
     }
+    if source.is_some() && provenance.as_ref().is_some_and(|p| p.options.calibration.is_some()) {
+        not_checked.push(
+            "that the codes of calibrated tensors are those that their calibration yields: this takes its text, and the run anew"
+                .into(),
+        );
+    }
     match (source, &provenance) {
         (Some(source), Some(provenance)) => checks.push(check_companions(source, provenance)),
         (Some(_), None) => {}
@@ -176,7 +182,7 @@ fn check_tensors(
     }
 
     let fastest = cpus.iter().max().copied().unwrap_or(Cpu::Scalar);
-    let (mut n_encoded, mut n_weights, mut n_rounded) = (0, 0, 0);
+    let (mut n_encoded, mut n_weights, mut n_rounded, mut n_calibrated) = (0, 0, 0, 0);
     progress.begin(archive.tensors().iter().map(|t| t.n_bytes as u64).sum());
     for info in archive.tensors() {
         check_stopped(progress)?;
@@ -208,7 +214,14 @@ fn check_tensors(
                     if let Some(original) = original {
                         tensors.n_passed += 1;
                         n_rounded += usize::from(encoded.format().is_lossless() && original.dtype != Dtype::Bf16);
-                        match encoded.verify_source(&original, fastest) {
+                        let is_calibrated =
+                            provenance.is_some_and(|p| p.options.calibration.is_some()) && !is_embedding_or_head(name);
+                        n_calibrated += usize::from(is_calibrated);
+                        let difference = match is_calibrated {
+                            true => encoded.verify_calibrated(&original, fastest),
+                            false => encoded.verify_source(&original, fastest),
+                        };
+                        match difference {
                             Ok(None) => weights.n_passed += 1,
                             Ok(Some(difference)) => weights.wrong(format!("tensor `{name}`: {difference}")),
                             Err(e) => weights.error(&e.in_tensor(name)),
@@ -250,6 +263,11 @@ fn check_tensors(
                 (Some(format), _) if format.is_lossless() => {
                     format!("{n} tensors are the source's, rounded to BF16 where the source is not BF16 ({n_rounded})")
                 }
+                _ if n_calibrated > 0 => format!(
+                    "{n_calibrated} calibrated tensors lie on their grids, as far from the source as they say; {} others hold \
+                     exactly the codes and scales that the quantizer yields",
+                    n.saturating_sub(n_calibrated)
+                ),
                 _ => format!("{n} tensors hold exactly the codes and scales that the quantizer yields"),
             }));
             checks.push(check_config(source_dir, archive.path()));

@@ -453,6 +453,11 @@ impl Backend for CpuBackend {
         sampler::likeliest(logits.rows(1))
     }
 
+    fn write(&self, buffer: &mut Buffer, values: &[f32]) -> Result<()> {
+        buffer.data[..values.len()].copy_from_slice(values);
+        Ok(())
+    }
+
     fn read(&self, buffer: &Buffer, out: &mut [f32]) -> Result<()> {
         out.copy_from_slice(&buffer.data[..out.len()]);
         Ok(())

@@ -701,6 +701,14 @@ impl Backend for CudaBackend {
         if logit.is_nan() { Err(sampler::not_a_number(token)) } else { Ok(token) }
     }
 
+    fn write(&self, buffer: &mut Buffer, values: &[f32]) -> Result<()> {
+        let stream = self.device.stream();
+        stream
+            .memcpy_htod(values, &mut buffer.data.slice_mut(..values.len()))
+            .map_err(failed("copying activations"))?;
+        self.device.synchronize()
+    }
+
     fn read(&self, buffer: &Buffer, out: &mut [f32]) -> Result<()> {
         let stream = self.device.stream();
         stream.memcpy_dtoh(&buffer.data.slice(..out.len()), out).map_err(failed("copying logits"))?;
