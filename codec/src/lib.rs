@@ -13,6 +13,7 @@ pub mod encoded;
 pub mod entropy;
 pub mod error;
 pub mod format;
+pub mod gguf;
 pub mod product;
 pub mod quantize;
 mod simd;
