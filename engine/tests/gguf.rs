@@ -4,12 +4,10 @@
 mod gguf;
 
 use codecllm_codec::checkpoint::{Dtype, Tensor};
-use codecllm_codec::quantize::Codes;
-use codecllm_codec::{Checkpoint, Checks, Cpu, EncodedTensor};
 use codecllm_engine::{
     ChatTemplate, Config, GenerateOptions, LoadOptions, Logits, Message, Model, Tokenizer, generate,
 };
-use gguf::Value;
+use gguf::{Value, tensors};
 use half::{bf16, f16};
 use serde_json::Value as Json;
 use std::collections::HashMap;
@@ -27,27 +25,6 @@ fn json(path: &Path) -> Json {
 
 fn options() -> LoadOptions {
     LoadOptions { threads: 2, ..LoadOptions::default() }
-}
-
-/// The tensors of a checkpoint or a lossless archive, as BF16.
-fn tensors(dir: &Path) -> Vec<Tensor> {
-    let checkpoint = Checkpoint::open(dir).unwrap();
-    let plain = |name: &str| {
-        let tensor = checkpoint.tensor(name).unwrap();
-        if !EncodedTensor::is_encoded(&tensor.data) {
-            return tensor;
-        }
-        let encoded = EncodedTensor::parse(tensor.data, Checks::Full).unwrap();
-        let Codes::U16(codes) = encoded.decode_codes(Cpu::detect()).unwrap() else { panic!("{name} is not lossless") };
-        let data: Vec<u8> = codes.iter().flat_map(|code| code.to_le_bytes()).collect();
-        Tensor {
-            name: name.into(),
-            dtype: Dtype::Bf16,
-            shape: vec![encoded.n_rows(), encoded.n_cols()],
-            data: data.into(),
-        }
-    };
-    checkpoint.names().map(plain).collect()
 }
 
 fn as_f16(tensor: &Tensor) -> Tensor {

@@ -1,9 +1,11 @@
 //! Writes GGUF files: any, and those that llama.cpp's converter would make of a checkpoint.
 #![allow(dead_code)] // each test binary uses its own part
 
-use codecllm_codec::{Dtype, Tensor};
+use codecllm_codec::quantize::Codes;
+use codecllm_codec::{Checkpoint, Checks, Cpu, Dtype, EncodedTensor, Tensor};
 use half::{bf16, f16};
 use serde_json::Value as Json;
+use std::path::Path;
 
 /// A metadata value.
 #[derive(Clone)]
@@ -124,6 +126,27 @@ impl Value {
 fn text(out: &mut Vec<u8>, text: &str) {
     out.extend((text.len() as u64).to_le_bytes());
     out.extend(text.as_bytes());
+}
+
+/// The tensors of a checkpoint or a lossless archive, as BF16.
+pub fn tensors(dir: &Path) -> Vec<Tensor> {
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let plain = |name: &str| {
+        let tensor = checkpoint.tensor(name).unwrap();
+        if !EncodedTensor::is_encoded(&tensor.data) {
+            return tensor;
+        }
+        let encoded = EncodedTensor::parse(tensor.data, Checks::Full).unwrap();
+        let Codes::U16(codes) = encoded.decode_codes(Cpu::detect()).unwrap() else { panic!("{name} is not lossless") };
+        let data: Vec<u8> = codes.iter().flat_map(|code| code.to_le_bytes()).collect();
+        Tensor {
+            name: name.into(),
+            dtype: Dtype::Bf16,
+            shape: vec![encoded.n_rows(), encoded.n_cols()],
+            data: data.into(),
+        }
+    };
+    checkpoint.names().map(plain).collect()
 }
 
 /// What llama.cpp's `convert_hf_to_gguf.py` makes of a model of the Llama, Mistral, Qwen2 or Qwen3 family: vectors widened to
