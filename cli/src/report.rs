@@ -87,11 +87,11 @@ impl Report {
     }
 
     pub fn heading(&mut self, text: &str) {
-        let _ = write!(self.body, "<h2>{}</h2>\n", escape(text));
+        let _ = writeln!(self.body, "<h2>{}</h2>", escape(text));
     }
 
     pub fn paragraph(&mut self, text: &str) {
-        let _ = write!(self.body, "<p>{}</p>\n", escape(text));
+        let _ = writeln!(self.body, "<p>{}</p>", escape(text));
     }
 
     /// A table; the first column names the row. A cell that is one of the classes of the style takes its colour.
@@ -127,12 +127,12 @@ impl Report {
         let at = text.char_indices().nth(n_same).map_or(text.len(), |(at, _)| at);
         let (same, other) = (escape(&text[..at]), escape(&text[at..]));
         let other = if other.is_empty() { other } else { format!("<mark>{other}</mark>") };
-        let _ = write!(self.body, "<p>{}</p><blockquote>{same}{other}</blockquote>\n", escape(name));
+        let _ = writeln!(self.body, "<p>{}</p><blockquote>{same}{other}</blockquote>", escape(name));
     }
 
     /// Opens a part that is folded at first.
     pub fn fold(&mut self, summary: &str) {
-        let _ = write!(self.body, "<details><summary>{}</summary>\n", escape(summary));
+        let _ = writeln!(self.body, "<details><summary>{}</summary>", escape(summary));
     }
 
     pub fn end_fold(&mut self) {
@@ -195,29 +195,29 @@ impl Plot {
         );
         for tick in x.ticks() {
             let at = x.place(tick);
-            let _ = write!(
+            let _ = writeln!(
                 svg,
                 "<path class=\"grid\" d=\"M{at:.1} {top}V{bottom}\"/><text class=\"soft\" x=\"{at:.1}\" y=\"{}\" \
-                 text-anchor=\"middle\">{}</text>\n",
+                 text-anchor=\"middle\">{}</text>",
                 bottom + 18.0,
                 number(tick)
             );
         }
         for tick in y.ticks() {
             let at = y.place(tick);
-            let _ = write!(
+            let _ = writeln!(
                 svg,
                 "<path class=\"grid\" d=\"M{left} {at:.1}H{right}\"/><text class=\"soft\" x=\"{}\" y=\"{:.1}\" \
-                 text-anchor=\"end\">{}</text>\n",
+                 text-anchor=\"end\">{}</text>",
                 left - 8.0,
                 at + 4.0,
                 number(tick)
             );
         }
-        let _ = write!(
+        let _ = writeln!(
             svg,
             "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">{}</text>\n<text transform=\"translate(16 {}) rotate(-90)\" \
-             text-anchor=\"middle\">{}</text>\n",
+             text-anchor=\"middle\">{}</text>",
             (left + right) / 2.0,
             HEIGHT - 10.0,
             escape(self.x.label),
@@ -230,21 +230,21 @@ impl Plot {
                 series.points.iter().filter(drawn).map(|p| (x.place(p.x), y.place(p.y), p)).collect();
             if series.style == Style::Line && points.len() > 1 {
                 let path: Vec<String> = points.iter().map(|(x, y, _)| format!("{x:.1} {y:.1}")).collect();
-                let _ = write!(
+                let _ = writeln!(
                     svg,
-                    "<path d=\"M{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>\n",
+                    "<path d=\"M{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>",
                     path.join("L")
                 );
             }
             for (px, py, point) in points {
                 let label = escape(&point.label);
                 let _ =
-                    write!(svg, "<path d=\"{}\" fill=\"{colour}\"><title>{label}</title></path>\n", marker(i, px, py));
+                    writeln!(svg, "<path d=\"{}\" fill=\"{colour}\"><title>{label}</title></path>", marker(i, px, py));
                 if series.style == Style::Labelled {
                     let (dx, anchor) = if px > right - 120.0 { (-9.0, "end") } else { (9.0, "start") };
-                    let _ = write!(
+                    let _ = writeln!(
                         svg,
-                        "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"{anchor}\">{label}</text>\n",
+                        "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"{anchor}\">{label}</text>",
                         px + dx,
                         py - 5.0
                     );

@@ -138,6 +138,11 @@ impl TensorInfo {
         self.gguf.map_or(self.n_bytes, |stored| stored.n_bytes)
     }
 
+    /// The name of its type in the file: the dtype, or a block type of GGUF.
+    pub fn stored_type(&self) -> String {
+        self.gguf.map_or_else(|| self.dtype.to_string(), |stored| stored.block_type.name())
+    }
+
     /// Whether an encoder takes it: a matrix of BF16, F16 or F32 that is not empty.
     pub fn is_matrix(&self) -> bool {
         self.shape.len() == 2 && self.dtype.is_float() && self.n_bytes > 0

@@ -222,7 +222,7 @@ impl Gguf {
     }
 
     /// The elements of an array; `None` where the key is absent.
-    fn array<'a, T>(&'a self, key: &str, expected: &str, read: impl Fn(Value) -> Option<T>) -> Result<Option<Vec<T>>> {
+    fn array<T>(&self, key: &str, expected: &str, read: impl Fn(Value) -> Option<T>) -> Result<Option<Vec<T>>> {
         let (kind, len, bytes) = match self.values.get(key) {
             None => return Ok(None),
             Some(Value::Array { kind, len, bytes }) => (*kind, *len, bytes.clone()),

@@ -278,6 +278,11 @@ fn a_tokenizer_that_is_not_known_leaves_the_weights_usable() {
     let error = read_file(&path, "tokenizer.json").unwrap_err().to_string();
     assert!(error.contains("`t5`") && error.contains("gpt2, llama"), "{error}");
     assert!(read_file(&path, "config.json").unwrap().is_some());
+    // A token of a megabyte would make cutting it into merges take a day.
+    file.replace("tokenizer.ggml.model", Value::Text("llama".into()));
+    file.replace("tokenizer.ggml.tokens", Value::Texts(vec!["a".repeat(1 << 20); 3]));
+    let long = write(&dir, "long.gguf", &file);
+    assert!(read_file(&long, "tokenizer.json").unwrap_err().to_string().contains("1048576 bytes"));
     let archive = dir.path().join("a");
     compress(&path, &archive, &CompressOptions::default(), &Silent).unwrap();
     let cpus = [Cpu::Scalar];

@@ -108,7 +108,7 @@ impl Gguf {
         };
         if let Some(heads) = rotated_heads {
             let n_rows = tensor.shape[0];
-            if heads == 0 || !n_rows.is_multiple_of(2 * heads) {
+            if heads == 0 || heads > n_rows || !n_rows.is_multiple_of(2 * heads) {
                 return Err(Error::format(
                     &self.what,
                     format!("tensor `{}` has {n_rows} rows, which {heads} heads do not share evenly", tensor.name),

@@ -10,6 +10,8 @@ use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 
 const TOKENS: &str = "tokenizer.ggml.tokens";
+/// Tokens of real vocabularies have up to some 200.
+const MAX_TOKEN_BYTES: usize = 1024;
 /// Token types of GGUF.
 const UNKNOWN: u32 = 2;
 const CONTROL: u32 = 3;
@@ -145,6 +147,12 @@ impl Gguf {
         let types = self.token_types(tokens.len())?;
         let mut vocab = Map::new();
         for (id, token) in tokens.iter().enumerate() {
+            if token.len() > MAX_TOKEN_BYTES {
+                return Err(Error::format(
+                    &self.what,
+                    format!("token {id} has {} bytes; at most {MAX_TOKEN_BYTES} are read", token.len()),
+                ));
+            }
             if let Some(other) = vocab.insert(token.clone(), json!(id)) {
                 return Err(Error::format(&self.what, format!("the tokens {other} and {id} are both `{token}`")));
             }
