@@ -1,7 +1,7 @@
 //! GGUF files, the format of llama.cpp, as a source: their header, tensors and model, read with every bound checked.
 //!
 //! [`Checkpoint`](crate::Checkpoint) opens such a file as it opens a directory: tensors come under their Hugging Face names and in
-//! that layout ([`model`]), dequantized to F32 where they are quantized ([`blocks`]); `config.json` and the tokenizer's files
+//! that layout (module `model`), dequantized to F32 where they are quantized ([`blocks`]); `config.json` and the tokenizer's files
 //! are made from the metadata. Specification: `docs/gguf.md` of ggml. Versions 2 and 3, little-endian.
 
 pub mod blocks;
