@@ -224,6 +224,7 @@ impl Plot {
             (top + bottom) / 2.0,
             escape(self.y.label)
         );
+        let mut labels = Labels { taken: all.iter().map(|p| around(x.place(p.x), y.place(p.y))).collect() };
         for (i, series) in self.series.iter().enumerate() {
             let colour = format!("var(--c{})", i % 8);
             let points: Vec<(f64, f64, &Point)> =
@@ -241,13 +242,8 @@ impl Plot {
                 let _ =
                     writeln!(svg, "<path d=\"{}\" fill=\"{colour}\"><title>{label}</title></path>", marker(i, px, py));
                 if series.style == Style::Labelled {
-                    let (dx, anchor) = if px > right - 120.0 { (-9.0, "end") } else { (9.0, "start") };
-                    let _ = writeln!(
-                        svg,
-                        "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"{anchor}\">{label}</text>",
-                        px + dx,
-                        py - 5.0
-                    );
+                    let (tx, ty, anchor) = labels.place(px, py, point.label.chars().count(), left, right);
+                    let _ = writeln!(svg, "<text x=\"{tx:.1}\" y=\"{ty:.1}\" text-anchor=\"{anchor}\">{label}</text>");
                 }
             }
         }
@@ -262,6 +258,40 @@ impl Plot {
             );
         }
         svg + "</ul></figure>\n"
+    }
+}
+
+/// Places that are taken by markers and labels: left, right, top, bottom.
+struct Labels {
+    taken: Vec<[f64; 4]>,
+}
+
+/// A marker's place.
+fn around(x: f64, y: f64) -> [f64; 4] {
+    [x - 5.0, x + 5.0, y - 5.0, y + 5.0]
+}
+
+impl Labels {
+    /// Where a label of so many characters beside a marker covers least: x, y, and what x is of the text.
+    fn place(&mut self, x: f64, y: f64, n_chars: usize, left: f64, right: f64) -> (f64, f64, &'static str) {
+        /// About what 13 pixels of a sans-serif take.
+        const CHARACTER: f64 = 7.2;
+        let width = CHARACTER * n_chars as f64;
+        let places =
+            [(-5.0, 9.0), (-5.0, -9.0), (14.0, 9.0), (14.0, -9.0), (-20.0, 9.0), (28.0, 9.0)].map(|(dy, dx)| {
+                let start = if dx > 0.0 { x + dx } else { x + dx - width };
+                let place = [start, start + width, y + dy - 11.0, y + dy + 3.0];
+                (place, (x + dx, y + dy, if dx > 0.0 { "start" } else { "end" }))
+            });
+        let cost = |place: &[f64; 4]| {
+            let overlap = |t: &[f64; 4], a: usize, b: usize| (t[b].min(place[b]) - t[a].max(place[a])).max(0.0);
+            let covered: f64 = self.taken.iter().map(|t| overlap(t, 0, 1) * overlap(t, 2, 3)).sum();
+            covered + 1000.0 * ((left - place[0]).max(0.0) + (place[1] - right).max(0.0))
+        };
+        let cheapest = places.iter().min_by(|(a, _), (b, _)| cost(a).total_cmp(&cost(b)));
+        let (place, at) = *cheapest.expect("there are several places");
+        self.taken.push(place);
+        at
     }
 }
 
@@ -347,6 +377,15 @@ mod tests {
         assert!(!plot(&[(3.0, 1.0)], true).contains("NaN"), "one point");
         assert_eq!(plot(&[], false), "");
         assert_eq!(plot(&[(1.0, f64::NAN)], false), "");
+    }
+
+    #[test]
+    fn labels_keep_out_of_each_other() {
+        let mut labels = Labels { taken: vec![around(100.0, 50.0), around(104.0, 52.0)] };
+        let first = labels.place(100.0, 50.0, 4, 0.0, 400.0);
+        assert_eq!(first, (109.0, 45.0, "start"));
+        assert_eq!(labels.place(104.0, 52.0, 4, 0.0, 400.0), (95.0, 47.0, "end"), "on the right is the first");
+        assert_eq!(Labels { taken: vec![] }.place(390.0, 50.0, 9, 0.0, 400.0).2, "end", "at the right edge");
     }
 
     #[test]

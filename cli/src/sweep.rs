@@ -372,8 +372,8 @@ impl Outcome {
         type Value = fn(&Measured) -> f64;
         let plots: [(&str, &str, bool, Value); 3] = [
             ("Divergence against size", "KL divergence, nats per token", true, |m| m.quality.kld_mean),
-            ("Same likeliest token against size", "predictions with the same likeliest token, %", false, |m| {
-                100.0 * m.quality.top1_equal
+            ("Other likeliest token against size", "predictions with another likeliest token, %", true, |m| {
+                100.0 * (1.0 - m.quality.top1_equal)
             }),
             ("Perplexity against size", "perplexity", true, |m| m.quality.perplexity),
         ];
