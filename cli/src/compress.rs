@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 /// Compress a checkpoint into an archive
 ///
-/// Reads a checkpoint in Hugging Face layout and writes a directory of the same layout, in which each matrix is
+/// Reads a checkpoint in Hugging Face layout, or a GGUF file, and writes a directory of that layout, in which each matrix is
 /// compressed: embeddings and output head included, norms and biases as they are. It holds one tensor in memory at a time.
 /// The archive grows in DST.partial, and takes its name when it is complete.
 ///
@@ -27,7 +27,7 @@ use tempfile::TempDir;
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Directory of a checkpoint, or a Hugging Face repository id (OWNER/NAME)
+    /// Directory of a checkpoint, a GGUF file, or a Hugging Face repository id (OWNER/NAME)
     #[arg(value_name = "SRC")]
     source: String,
     /// Directory to write the archive to
@@ -289,6 +289,7 @@ Examples:
   codecllm compress TinyLlama/TinyLlama-1.1B-Chat-v1.0 -o tiny.int8
   codecllm compress ./TinyLlama-1.1B -o tiny.4.5 --format rate --bits 4.5
   codecllm compress ./TinyLlama-1.1B -o tiny.4 --format rate --bits 4 --calibrate
+  codecllm compress ./tiny.Q8_0.gguf -o tiny.int8
   codecllm compress ./model -o first5 --layers 5     (an experiment: five linear layers)
   codecllm compress ./model -o mlp --layers '\\.mlp\\.'";
 

@@ -6,9 +6,7 @@ use codecllm_engine::evaluate::{
     DEFAULT_GREEDY_TOKENS, DEFAULT_WINDOW, Evaluation, GreedyComparison, compare_greedy, text_tokens,
 };
 use codecllm_engine::{Tokenizer, evaluate};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -23,7 +21,7 @@ use std::process::ExitCode;
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Directory of an archive or a checkpoint, or a Hugging Face repository id (OWNER/NAME)
+    /// Directory of an archive or a checkpoint, a GGUF file, or a Hugging Face repository id (OWNER/NAME)
     #[arg(value_name = "MODEL")]
     model: String,
     /// UTF-8 text; documents may be separated by the tokenizer's special token, spelled out
@@ -96,13 +94,13 @@ fn run_on(args: &Args, machine: &impl Load) -> CliResult {
     tokens.truncate(args.tokens.unwrap_or(usize::MAX));
 
     output::catch_ctrl_c()?;
-    let bar = progress_bar("evaluating", "tokens", tokens.len());
-    let evaluation = evaluate(&model, baseline.as_ref(), &tokens, args.window, advance(&bar))?;
+    let bar = output::steps_bar("evaluating", "tokens", tokens.len());
+    let evaluation = evaluate(&model, baseline.as_ref(), &tokens, args.window, output::advance(&bar))?;
     bar.finish_and_clear();
     let mut greedy = Vec::new();
     if let Some(baseline) = baseline.as_ref().filter(|_| args.greedy_tokens > 0) {
-        let bar = progress_bar("continuing", "prompts", codecllm_engine::evaluate::GREEDY_PROMPTS.len());
-        greedy = compare_greedy(&model, baseline, &tokenizer, args.greedy_tokens, advance(&bar))?;
+        let bar = output::steps_bar("continuing", "prompts", codecllm_engine::evaluate::GREEDY_PROMPTS.len());
+        greedy = compare_greedy(&model, baseline, &tokenizer, args.greedy_tokens, output::advance(&bar))?;
         bar.finish_and_clear();
     }
     if output::is_stopped() {
@@ -116,19 +114,6 @@ fn run_on(args: &Args, machine: &impl Load) -> CliResult {
         outcome.print()?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn progress_bar(doing: &'static str, unit: &'static str, len: usize) -> ProgressBar {
-    let template = format!("{{prefix}} {{bar:24}} {{pos}}/{{len}} {unit}  {{eta}} left");
-    let style = ProgressStyle::with_template(&template).expect("the template is well-formed");
-    ProgressBar::new(len as u64).with_prefix(doing).with_style(style)
-}
-
-fn advance(bar: &ProgressBar) -> impl FnMut(usize) -> ControlFlow<()> {
-    |n_done| {
-        bar.set_position(n_done as u64);
-        if output::is_stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    }
 }
 
 impl Outcome {

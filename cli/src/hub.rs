@@ -1,4 +1,4 @@
-//! Finds a checkpoint: a directory of this machine, or a repository of the Hugging Face Hub through its cache.
+//! Finds a checkpoint: a directory or a GGUF file of this machine, or a repository of the Hugging Face Hub through its cache.
 
 use crate::output::Error;
 use codecllm_codec::Checkpoint;
@@ -22,8 +22,8 @@ pub fn resolve(name: &str, revision: &str) -> Result<PathBuf, Error> {
     }
     if !is_repository_id(name) {
         return Err(usage(format!(
-            "{name}: no such directory; give a directory that holds a checkpoint, or a Hugging Face repository id \
-             (OWNER/NAME)"
+            "{name}: no such directory or file; give a directory that holds a checkpoint, a GGUF file, or a Hugging Face \
+             repository id (OWNER/NAME)"
         )));
     }
     download(name, revision).or_else(|problem| match problem {
@@ -55,7 +55,11 @@ fn is_repository_id(name: &str) -> bool {
             && word.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
     };
     name.split_once('/').is_some_and(|(owner, repository)| {
-        is_word(owner) && is_word(repository) && !Path::new(owner).is_dir() && !repository.ends_with(".safetensors")
+        is_word(owner)
+            && is_word(repository)
+            && !Path::new(owner).is_dir()
+            && !repository.ends_with(".safetensors")
+            && !repository.ends_with(".gguf")
     })
 }
 
@@ -95,7 +99,11 @@ fn download(id: &str, revision: &str) -> Result<PathBuf, Problem> {
         weights
     } else {
         return Err(Problem::Other(
-            format!("{id} has neither {SINGLE_FILE} nor {INDEX_FILE}; look for a repository with safetensors").into(),
+            format!(
+                "{id} has neither {SINGLE_FILE} nor {INDEX_FILE}; look for a repository with safetensors, or download a GGUF \
+                 file and give its path"
+            )
+            .into(),
         ));
     };
     wanted.extend(weights.iter().map(String::as_str));

@@ -1,14 +1,18 @@
 //! `codecllm`: compresses a language model, proves the result, runs it from the compressed weights.
 
 mod bench;
+mod compare;
 mod compress;
 mod demo;
 mod eval;
+mod experiment;
 mod hub;
 mod inspect;
 mod model;
 mod output;
+mod report;
 mod run;
+mod sweep;
 mod verify;
 
 use clap::{Parser, Subcommand};
@@ -42,6 +46,8 @@ enum Command {
     Inspect(inspect::Args),
     Run(run::Args),
     Eval(eval::Args),
+    Compare(compare::Args),
+    Sweep(sweep::Args),
     Bench(bench::Args),
     Demo(demo::Args),
 }
@@ -53,6 +59,8 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args),
         Command::Run(args) => run::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Compare(args) => compare::run(args),
+        Command::Sweep(args) => sweep::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo(args) => demo::run(args),
     };

@@ -8,7 +8,8 @@ use codecllm_codec::encoded::Checks;
 use codecllm_engine::backend::Backend;
 use codecllm_engine::cpu::CpuBackend;
 use codecllm_engine::cuda::{CudaBackend, Device};
-use codecllm_engine::{LoadOptions, Model};
+use codecllm_engine::weights::Loader;
+use codecllm_engine::{Config, LoadOptions, Model, TensorSource};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -74,6 +75,9 @@ pub trait Load {
     /// Loads a checkpoint or an archive.
     fn load(&self, dir: &Path) -> Result<Model<Self::Backend>, Error>;
 
+    /// Loads a model from any source of tensors.
+    fn load_source(&self, config: Config, source: &dyn TensorSource) -> Result<Model<Self::Backend>, Error>;
+
     /// The directory of a model that the user names, and the model, loaded from it.
     fn open(&self, name: &str) -> Result<(PathBuf, Model<Self::Backend>), Error> {
         let dir = hub::resolve(name, hub::DEFAULT_REVISION)?;
@@ -91,6 +95,10 @@ impl Load for OnCpu {
     fn load(&self, dir: &Path) -> Result<Model, Error> {
         Ok(Model::load(dir, &self.0)?)
     }
+
+    fn load_source(&self, config: Config, source: &dyn TensorSource) -> Result<Model, Error> {
+        Ok(Model::from_source(config, source, &self.0)?)
+    }
 }
 
 /// Loads models onto the GPU of this number.
@@ -105,6 +113,11 @@ impl Load for OnCuda {
             Checkpoint::open(dir)?.tensors().iter().map(|t| (t.n_elements() * t.dtype.bits() / 8) as u64).sum();
         device.check_room(n_bytes)?;
         Ok(Model::load_on(CudaBackend::new(device)?, dir, Checks::Full)?)
+    }
+
+    fn load_source(&self, config: Config, source: &dyn TensorSource) -> Result<Model<CudaBackend>, Error> {
+        let backend = CudaBackend::new(Device::open(self.0)?)?;
+        Ok(Model::on_backend(backend, config, &Loader::new(source, Checks::Full))?)
     }
 }
 

@@ -5,6 +5,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::error::Error as StdError;
 use std::io::{self, Write};
+use std::ops::ControlFlow;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -127,6 +128,21 @@ impl Bar {
         });
         let bar = ProgressBar::new(0).with_prefix(doing);
         Self { bar: bar.with_style(style.expect("the template is well-formed")) }
+    }
+}
+
+/// A progress bar that counts steps of some unit; silent where standard error is not a terminal.
+pub fn steps_bar(doing: &'static str, unit: &'static str, len: usize) -> ProgressBar {
+    let template = format!("{{prefix}} {{bar:24}} {{pos}}/{{len}} {unit}  {{eta}} left");
+    let style = ProgressStyle::with_template(&template).expect("the template is well-formed");
+    ProgressBar::new(len as u64).with_prefix(doing).with_style(style)
+}
+
+/// Tells a bar of steps how many are done, and the work whether the user asked for its end.
+pub fn advance(bar: &ProgressBar) -> impl FnMut(usize) -> ControlFlow<()> {
+    |n_done| {
+        bar.set_position(n_done as u64);
+        if is_stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 }
 

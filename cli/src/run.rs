@@ -19,7 +19,7 @@ use std::process::ExitCode;
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Directory of an archive or a checkpoint, or a Hugging Face repository id (OWNER/NAME)
+    /// Directory of an archive or a checkpoint, a GGUF file, or a Hugging Face repository id (OWNER/NAME)
     #[arg(value_name = "MODEL")]
     model: String,
     /// The text to continue, or with --chat the message to answer

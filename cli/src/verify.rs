@@ -19,7 +19,7 @@ use std::process::ExitCode;
 pub struct Args {
     /// Directory of the archive
     archive: PathBuf,
-    /// The checkpoint that it was made from: a directory, or a Hugging Face repository id
+    /// The checkpoint that it was made from: a directory, a GGUF file, or a Hugging Face repository id
     #[arg(long, value_name = "SRC")]
     source: Option<String>,
     /// Revision of a Hugging Face repository

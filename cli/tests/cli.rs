@@ -220,7 +220,7 @@ fn demo_run_eval_and_rate_on_the_embedded_model() {
 
 #[test]
 fn every_command_teaches() {
-    for command in ["compress", "verify", "inspect"] {
+    for command in ["compress", "verify", "inspect", "compare", "sweep"] {
         let help = codecllm([command, "--help"]);
         assert_eq!(code(&help), 0);
         assert!(

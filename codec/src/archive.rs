@@ -21,7 +21,9 @@ pub use provenance::{Calibration, FileRecord, PROVENANCE_FILE, Provenance, Setti
 pub use rate::{PlannedTensor, RateTarget};
 pub use verify::{Check, Report, Status, verify};
 
-use crate::checkpoint::{CONFIG_FILE, INDEX_FILE};
+pub(crate) use provenance::to_pretty_json;
+
+use crate::checkpoint::{CONFIG_FILE, INDEX_FILE, read_file};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -65,15 +67,12 @@ fn check_stopped(progress: &dyn Progress) -> Result<()> {
 }
 
 /// `config.json` of a model; none where there is none.
-fn read_config(dir: &Path) -> Result<Option<Map<String, Value>>> {
-    let path = dir.join(CONFIG_FILE);
-    match std::fs::read(&path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io(path, e)),
-        Ok(text) => serde_json::from_slice(&text)
-            .map(Some)
-            .map_err(|e| Error::format(path.display().to_string(), format!("not a JSON object: {e}"))),
-    }
+fn read_config(src: &Path) -> Result<Option<Map<String, Value>>> {
+    let parse = |text: String| {
+        serde_json::from_str(&text)
+            .map_err(|e| Error::format(src.join(CONFIG_FILE).display().to_string(), format!("not a JSON object: {e}")))
+    };
+    read_file(src, CONFIG_FILE)?.map(parse).transpose()
 }
 
 /// Whether `name` is a file that goes with a model besides weights and configuration, and that [`compress`] copies: the

@@ -1,11 +1,15 @@
-//! Checkpoints in Hugging Face layout: safetensors, one file or shards with an index.
+//! Checkpoints in Hugging Face layout: safetensors, one file or shards with an index. A GGUF file is opened as if it were one.
 //!
 //! Headers are read and validated when the checkpoint is opened; a tensor's bytes are mapped when it is asked for and
 //! unmapped with its last reference, so that a pass over a model holds one tensor at a time.
 
 use crate::error::{Error, Result};
+use crate::gguf::blocks::BlockType;
+use crate::gguf::model::{Renamed, rope_factors, unrotate};
+use crate::gguf::{Gguf, GgufTensor, is_gguf};
 use bytes::Bytes;
 use memmap2::MmapOptions;
+use rayon::prelude::*;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
@@ -111,6 +115,16 @@ pub struct TensorInfo {
     pub offset: u64,
     /// Its length in bytes.
     pub n_bytes: usize,
+    /// How a GGUF file stores it.
+    gguf: Option<Stored>,
+}
+
+/// How a GGUF file stores a tensor.
+#[derive(Debug, Clone, Copy)]
+struct Stored {
+    block_type: BlockType,
+    n_bytes: usize,
+    rotated_heads: Option<usize>,
 }
 
 impl TensorInfo {
@@ -119,17 +133,29 @@ impl TensorInfo {
         self.shape.iter().product()
     }
 
+    /// Its length in bytes in the file: less than [`n_bytes`](Self::n_bytes) where a GGUF file has it quantized.
+    pub fn stored_bytes(&self) -> usize {
+        self.gguf.map_or(self.n_bytes, |stored| stored.n_bytes)
+    }
+
+    /// The name of its type in the file: the dtype, or a block type of GGUF.
+    pub fn stored_type(&self) -> String {
+        self.gguf.map_or_else(|| self.dtype.to_string(), |stored| stored.block_type.name())
+    }
+
     /// Whether an encoder takes it: a matrix of BF16, F16 or F32 that is not empty.
     pub fn is_matrix(&self) -> bool {
         self.shape.len() == 2 && self.dtype.is_float() && self.n_bytes > 0
     }
 }
 
-/// One safetensors file of a checkpoint.
+/// One file of a checkpoint.
 #[derive(Debug)]
 pub struct Shard {
-    /// Its name within the directory.
+    /// Its name within its directory.
     pub file_name: String,
+    /// The name of the safetensors file that an archive has in its place.
+    pub archive_name: String,
     /// Its length in bytes.
     pub n_bytes: u64,
     /// The header's `__metadata__`.
@@ -140,9 +166,17 @@ pub struct Shard {
     file: File,
 }
 
-/// A checkpoint or an archive: a directory with safetensors, its headers read and validated.
+impl Shard {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// A checkpoint or an archive: a directory with safetensors, or a GGUF file, its headers read and validated.
 #[derive(Debug)]
 pub struct Checkpoint {
+    /// The directory, or the GGUF file.
     dir: PathBuf,
     is_indexed: bool,
     shards: Vec<Shard>,
@@ -152,16 +186,20 @@ pub struct Checkpoint {
 
 impl Checkpoint {
     /// Opens a directory that holds `model.safetensors`, shards with `model.safetensors.index.json`, or one other
-    /// `*.safetensors`.
+    /// `*.safetensors`; or a GGUF file.
     ///
     /// # Errors
     /// A directory or file that cannot be read, or holds no weights; a header that is truncated, malformed or does not
-    /// fit its file; an index and shards that disagree; a name that occurs twice.
+    /// fit its file; an index and shards that disagree; a name that occurs twice; a GGUF file of a model that is not
+    /// supported.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
+        if is_gguf(dir) {
+            return Self::open_gguf(dir);
+        }
         if !std::fs::metadata(dir).map_err(|e| Error::io(dir, e))?.is_dir() {
             return Err(Error::Parameter(format!(
-                "{} is a file; give the directory that holds the checkpoint",
+                "{} is a file, and not GGUF; give the directory that holds the checkpoint",
                 dir.display()
             )));
         }
@@ -186,6 +224,52 @@ impl Checkpoint {
         if let Some(index) = index {
             checkpoint.compare_index(&index)?;
         }
+        Ok(checkpoint)
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self> {
+        let (file, gguf) = open_gguf(path)?;
+        let mut checkpoint = Self {
+            dir: path.into(),
+            is_indexed: false,
+            shards: Vec::new(),
+            tensors: Vec::new(),
+            by_name: HashMap::new(),
+        };
+        for tensor in gguf.tensors() {
+            let Some(Renamed { name, rotated_heads }) = gguf.renamed(tensor)? else { continue };
+            let n_elements: usize = tensor.shape.iter().product();
+            let dtype = match tensor.block_type {
+                BlockType::F16 => Dtype::F16,
+                BlockType::BF16 => Dtype::Bf16,
+                _ => Dtype::F32,
+            };
+            checkpoint.by_name.insert(name.clone(), checkpoint.tensors.len());
+            checkpoint.tensors.push(TensorInfo {
+                name,
+                dtype,
+                shape: tensor.shape.clone(),
+                shard: 0,
+                offset: tensor.range.start,
+                n_bytes: n_elements * dtype.bits() / 8,
+                gguf: Some(Stored {
+                    block_type: tensor.block_type,
+                    n_bytes: (tensor.range.end - tensor.range.start) as usize,
+                    rotated_heads,
+                }),
+            });
+        }
+        // What the weights alone would not show is refused here.
+        gguf.config(gguf_rope_factors(path, &file, &gguf)?.as_deref())?;
+        checkpoint.shards.push(Shard {
+            file_name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            archive_name: SINGLE_FILE.into(),
+            n_bytes: file.metadata().map_err(|e| Error::io(path, e))?.len(),
+            metadata: BTreeMap::from([("format".into(), "pt".into())]),
+            tensors: 0..checkpoint.tensors.len(),
+            path: path.into(),
+            file,
+        });
         Ok(checkpoint)
     }
 
@@ -219,10 +303,12 @@ impl Checkpoint {
                 shard,
                 offset: header.data_start + info.data_offsets.0 as u64,
                 n_bytes: info.data_offsets.1 - info.data_offsets.0,
+                gguf: None,
             });
         }
         let tensors = first..self.tensors.len();
         self.shards.push(Shard {
+            archive_name: file_name.clone(),
             file_name,
             n_bytes: header.file_bytes,
             metadata: header.metadata,
@@ -250,7 +336,7 @@ impl Checkpoint {
         }
     }
 
-    /// The directory.
+    /// The directory, or the GGUF file.
     pub fn path(&self) -> &Path {
         &self.dir
     }
@@ -286,7 +372,8 @@ impl Checkpoint {
     }
 
     /// Maps a tensor. Its pages are read as they are touched, and leave memory with the last clone of its data.
-    /// The file must not be cut short while it is mapped; replacing it by a new one is safe.
+    /// The file must not be cut short while it is mapped; replacing it by a new one is safe. What a GGUF file has quantized, or in
+    /// another order, is computed anew each time.
     ///
     /// # Errors
     /// A name that the checkpoint does not have; a file that cannot be mapped, or has become shorter.
@@ -299,16 +386,93 @@ impl Checkpoint {
         if shard.file.metadata().map_err(io_error)?.len() != shard.n_bytes {
             return Err(io_error(io::Error::other("its length changed while it was being read")));
         }
-        let data = if info.n_bytes == 0 {
-            Bytes::new()
-        } else {
-            // SAFETY: the map is read-only and lies within the file, whose length was just checked. Another process that
-            // rewrites the file in place can change the bytes, as for every mapped file; whatever they are, decoders
-            // stay in bounds.
-            let map = unsafe { MmapOptions::new().offset(info.offset).len(info.n_bytes).map(&shard.file) };
-            Bytes::from_owner(map.map_err(io_error)?)
-        };
+        let mut data = map(&shard.path, &shard.file, info.offset, info.stored_bytes())?;
+        if let Some(Stored { block_type, rotated_heads, .. }) = info.gguf {
+            if let Some(heads) = rotated_heads {
+                data = unrotate(&data, info.shape[0], heads).into();
+            }
+            if block_type.is_quantized() {
+                data = dequantize(block_type, &data, info.n_elements());
+            }
+        }
         Ok(Tensor { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone(), data })
+    }
+}
+
+/// Maps `n_bytes` bytes, which lie within the file.
+fn map(path: &Path, file: &File, offset: u64, n_bytes: usize) -> Result<Bytes> {
+    if n_bytes == 0 {
+        return Ok(Bytes::new());
+    }
+    // SAFETY: the map is read-only and lies within the file, whose length the callers have checked. Another process that
+    // rewrites the file in place can change the bytes, as for every mapped file; whatever they are, decoders stay in
+    // bounds.
+    let map = unsafe { MmapOptions::new().offset(offset).len(n_bytes).map(file) };
+    Ok(Bytes::from_owner(map.map_err(|e| Error::io(path, e))?))
+}
+
+/// The values of `n` weights as float32.
+fn dequantize(block_type: BlockType, data: &[u8], n: usize) -> Bytes {
+    const BLOCKS: usize = 1 << 10;
+    let mut values = vec![0f32; n];
+    let (weights, bytes) = (BLOCKS * block_type.block_weights(), BLOCKS * block_type.block_bytes());
+    values.par_chunks_mut(weights).zip(data.par_chunks(bytes)).for_each(|(out, data)| {
+        block_type.dequantize(data, out);
+        out.iter_mut().for_each(|v| *v = f32::from_bits(v.to_bits().to_le()));
+    });
+    Bytes::from_owner(Floats(values))
+}
+
+/// Floats as bytes.
+struct Floats(Vec<f32>);
+
+impl AsRef<[u8]> for Floats {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+fn open_gguf(path: &Path) -> Result<(File, Gguf)> {
+    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    let gguf = Gguf::open(path, &file)?;
+    Ok((file, gguf))
+}
+
+fn gguf_rope_factors(path: &Path, file: &File, gguf: &Gguf) -> Result<Option<Vec<f32>>> {
+    rope_factors(gguf, |tensor: &GgufTensor| {
+        let data = map(path, file, tensor.range.start, (tensor.range.end - tensor.range.start) as usize)?;
+        let mut values = vec![0.0; tensor.shape.iter().product()];
+        tensor.block_type.dequantize(&data, &mut values);
+        Ok(values)
+    })
+}
+
+/// The files that stand beside a GGUF model's weights, made from its metadata; and why the tokenizer's are not among them,
+/// where they are not.
+pub fn gguf_files(path: &Path) -> Result<(BTreeMap<String, String>, Option<Error>)> {
+    let (file, gguf) = open_gguf(path)?;
+    gguf.files(gguf_rope_factors(path, &file, &gguf)?.as_deref())
+}
+
+/// The text of a file that stands beside a model's weights (`config.json`, say); `None` where there is no such file. `src` is a
+/// directory, or a GGUF file, whose files are made from its metadata.
+///
+/// # Errors
+/// A file that cannot be read or is not UTF-8; a GGUF file whose tokenizer is not supported, where a file of the tokenizer
+/// is asked for.
+pub fn read_file(src: &Path, name: &str) -> Result<Option<String>> {
+    if is_gguf(src) {
+        let (mut files, lacking) = gguf_files(src)?;
+        return match (files.remove(name), lacking) {
+            (None, Some(e)) if name.starts_with("tokenizer") => Err(e),
+            (text, _) => Ok(text),
+        };
+    }
+    let path = src.join(name);
+    match std::fs::read_to_string(&path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(path, e)),
     }
 }
 
@@ -324,10 +488,17 @@ fn single_file(dir: &Path) -> Result<String> {
     let mut weights: Vec<_> = names.iter().filter(|n| n.ends_with(".safetensors")).collect();
     match weights.len() {
         0 => {
+            let gguf = names.iter().find(|n| n.ends_with(".gguf"));
             let pickled = names.iter().find(|n| n.ends_with(".bin") || n.ends_with(".pt") || n.ends_with(".pth"));
-            let advice = pickled.map_or(String::new(), |name| {
-                format!("; {name} is in another format: save the model with `save_pretrained` of Transformers first")
-            });
+            let advice = match (gguf, pickled) {
+                (Some(name), _) => format!("; to use {name}, give that file itself"),
+                (None, Some(name)) => {
+                    format!(
+                        "; {name} is in another format: save the model with `save_pretrained` of Transformers first"
+                    )
+                }
+                (None, None) => String::new(),
+            };
             let problem =
                 format!("no weights here: looked for {SINGLE_FILE}, {INDEX_FILE} and a single *.safetensors{advice}");
             Err(Error::io(dir, io::Error::new(io::ErrorKind::NotFound, problem)))

@@ -14,6 +14,7 @@ pub mod entropy;
 pub mod error;
 pub mod feedback;
 pub mod format;
+pub mod gguf;
 pub mod product;
 pub mod quantize;
 mod simd;

@@ -29,3 +29,8 @@ fn round_trip() {
 fn archive() {
     replay("archive", fuzz::archive);
 }
+
+#[test]
+fn gguf() {
+    replay("gguf", fuzz::gguf);
+}

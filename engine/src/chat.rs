@@ -4,7 +4,8 @@
 //! strings and maps, `raise_exception`, `strftime_now`, and a `tojson` that writes as Python does.
 
 use crate::error::{Error, Result};
-use crate::tokenizer::{SETTINGS_FILE, SpecialToken, read_optional};
+use crate::tokenizer::{SETTINGS_FILE, SpecialToken};
+use codecllm_codec::checkpoint::read_file;
 use minijinja::value::Kwargs;
 use minijinja::{Environment, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
@@ -78,10 +79,10 @@ impl Templates {
 }
 
 impl ChatTemplate {
-    /// Reads the template from a model's directory: `chat_template.jinja`, or the one (of several, that named `default`)
+    /// Reads the template from a model's directory (or from a GGUF file): `chat_template.jinja`, or the one (of several, that named `default`)
     /// in `tokenizer_config.json`.
     pub fn open(dir: &Path) -> Result<Self> {
-        let settings: Settings = match read_optional(&dir.join(SETTINGS_FILE))? {
+        let settings: Settings = match read_file(dir, SETTINGS_FILE)? {
             Some(text) => serde_json::from_str(&text).map_err(|e| Error::format(SETTINGS_FILE, e.to_string()))?,
             None => Settings::default(),
         };
@@ -92,7 +93,7 @@ impl ChatTemplate {
             ("pad_token", settings.pad_token),
         ];
         let special_tokens = special_tokens.into_iter().filter_map(|(name, token)| Some((name, token?.text().into())));
-        let source = match (read_optional(&dir.join(TEMPLATE_FILE))?, settings.chat_template) {
+        let source = match (read_file(dir, TEMPLATE_FILE)?, settings.chat_template) {
             (Some(template), _) => template,
             (None, Some(templates)) => templates.choose()?,
             (None, None) => {

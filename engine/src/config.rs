@@ -4,6 +4,7 @@
 //! `rope_scaling` at the top level, `torch_dtype`). What is left out takes the value that Transformers gives it.
 
 use crate::error::{Error, Result};
+use codecllm_codec::checkpoint::read_file;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -271,15 +272,16 @@ impl Config {
         })
     }
 
-    /// Reads `config.json` in `dir`, and adds the stop tokens of `generation_config.json` where there is one.
+    /// Reads `config.json` in `dir` (or makes it of a GGUF file's metadata), and adds the stop tokens of
+    /// `generation_config.json` where there is one.
     pub fn open(dir: &Path) -> Result<Self> {
-        let path = dir.join(CONFIG_FILE);
-        let mut config = Self::from_json(&std::fs::read_to_string(&path).map_err(|e| Error::io(path, e))?)?;
-        let path = dir.join(GENERATION_FILE);
-        match std::fs::read_to_string(&path) {
-            Ok(text) => config.add_generation_config(&text)?,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(Error::io(path, e)),
+        let text = read_file(dir, CONFIG_FILE)?.ok_or_else(|| {
+            let missing = std::io::Error::new(std::io::ErrorKind::NotFound, "there is no such file; is this a model?");
+            Error::io(dir.join(CONFIG_FILE), missing)
+        })?;
+        let mut config = Self::from_json(&text)?;
+        if let Some(text) = read_file(dir, GENERATION_FILE)? {
+            config.add_generation_config(&text)?;
         }
         Ok(config)
     }

@@ -1,6 +1,7 @@
 //! From text to tokens and back, by the checkpoint's own `tokenizer.json`.
 
 use crate::error::{Error, Result};
+use codecllm_codec::checkpoint::read_file;
 use serde::Deserialize;
 use std::path::Path;
 
@@ -47,27 +48,18 @@ impl SpecialToken {
     }
 }
 
-/// The text of a file of the checkpoint, or `None` where it has no such file.
-pub(crate) fn read_optional(path: &Path) -> Result<Option<String>> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io(path, e)),
-    }
-}
-
 impl Tokenizer {
-    /// Reads `tokenizer.json`, and `tokenizer_config.json` where there is one, from a model's directory.
+    /// Reads `tokenizer.json`, and `tokenizer_config.json` where there is one, from a model's directory, or makes them of a
+    /// GGUF file's metadata.
     pub fn open(dir: &Path) -> Result<Self> {
-        let path = dir.join(TOKENIZER_FILE);
-        let tokenizer = read_optional(&path)?.ok_or_else(|| {
+        let tokenizer = read_file(dir, TOKENIZER_FILE)?.ok_or_else(|| {
             Error::format(
-                path.display().to_string(),
+                dir.join(TOKENIZER_FILE).display().to_string(),
                 "there is no such file, so text cannot become tokens; copy it from the model's source (a `tokenizer.model` \
                  alone does not do: convert it with Transformers' `AutoTokenizer` and `save_pretrained`)",
             )
         })?;
-        let settings = read_optional(&dir.join(SETTINGS_FILE))?;
+        let settings = read_file(dir, SETTINGS_FILE)?;
         Self::from_json(&tokenizer, settings.as_deref())
     }
 

@@ -6,10 +6,11 @@ use super::provenance::{Calibration, FileRecord, PROVENANCE_FILE, Provenance, Se
 use super::rate::{PlannedTensor, choose_steps};
 use super::shard::ShardWriter;
 use super::{Layers, Progress, check_stopped, is_companion, read_config};
-use crate::checkpoint::{CONFIG_FILE, Checkpoint, Dtype, INDEX_FILE, Shard, TensorInfo};
+use crate::checkpoint::{CONFIG_FILE, Checkpoint, Dtype, INDEX_FILE, Shard, TensorInfo, gguf_files};
 use crate::encoded::{EncodeOptions, EncodedTensor, encode_tensor};
 use crate::error::{Error, Result};
 use crate::format::Format;
+use crate::gguf::is_gguf;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
@@ -79,7 +80,7 @@ pub struct Summary {
     pub n_resumed_shards: usize,
 }
 
-/// Compresses the checkpoint in the directory `src` into the archive `dst`.
+/// Compresses the checkpoint `src`, a directory or a GGUF file, into the archive `dst`.
 ///
 /// The archive grows in [`super::partial_path`] and takes its place only when it is complete. After an I/O error or an
 /// interruption the finished shards stay there for [`CompressOptions::resume`]; after any other failure nothing stays.
@@ -192,6 +193,19 @@ impl Job<'_> {
             files.push(FileRecord::of(dir, &name)?);
             sources.push(FileRecord::of(source.path(), &name)?);
         }
+        let is_gguf = is_gguf(source.path());
+        if is_gguf {
+            let (texts, lacking) = gguf_files(source.path())?;
+            for (name, text) in texts.iter().filter(|(name, _)| *name != CONFIG_FILE) {
+                write_synced(&dir.join(name), text.as_bytes())?;
+                files.push(FileRecord::of(dir, name)?);
+            }
+            if let Some(e) = lacking {
+                self.progress.note(&format!(
+                    "the archive has no tokenizer ({e}); add tokenizer.json and tokenizer_config.json of the original model"
+                ));
+            }
+        }
         let mut rewritten = Vec::new();
         match config {
             Some(mut config) => {
@@ -208,7 +222,10 @@ impl Job<'_> {
         for (name, text) in rewritten {
             write_synced(&dir.join(name), text.as_bytes())?;
             files.push(FileRecord::of(dir, name)?);
-            sources.push(FileRecord::of(source.path(), name)?);
+            // Where the source is a GGUF file, that file is all of it.
+            if !is_gguf {
+                sources.push(FileRecord::of(source.path(), name)?);
+            }
         }
         sources.sort_by(|a, b| a.file.cmp(&b.file));
         files.sort_by(|a, b| a.file.cmp(&b.file));
@@ -229,12 +246,12 @@ impl Job<'_> {
 
     /// The shard that an interrupted run finished, if it was made from the same file and is undamaged.
     fn resumable(&self, shard: &Shard, partial: &Partial) -> Result<Option<FinishedShard>> {
-        let name = &shard.file_name;
+        let name = &shard.archive_name;
         let Some(finished) = partial.finished(name) else {
             return Ok(None);
         };
         check_stopped(self.progress)?;
-        if finished.source != FileRecord::of(self.source.path(), name)? {
+        if finished.source != FileRecord::of_path(shard.path(), &shard.file_name)? {
             self.progress
                 .note(&format!("{name} of the source has changed since the interrupted run; encoding it anew"));
             return Ok(None);
@@ -249,12 +266,12 @@ impl Job<'_> {
     fn encode_shard(&self, shard: &Shard, partial: &mut Partial) -> Result<FinishedShard> {
         let (record, tensor_bytes) = std::thread::scope(|scope| {
             // The source's hash is needed only at the end, and takes a few percent of the time that encoding takes.
-            let hash = scope.spawn(|| FileRecord::of(self.source.path(), &shard.file_name));
+            let hash = scope.spawn(|| FileRecord::of_path(shard.path(), &shard.file_name));
             let tensor_bytes = self.write_shard(shard, partial)?;
             let record = hash.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
             Ok::<_, Error>((record, tensor_bytes))
         })?;
-        partial.finish(record, tensor_bytes)
+        partial.finish(record, &shard.archive_name, tensor_bytes)
     }
 
     /// Writes the shard under its unfinished name; the bytes of its tensors.
@@ -265,7 +282,7 @@ impl Job<'_> {
         let (encoded, mut kept): (Vec<_>, Vec<_>) = tensors.iter().partition(|t| self.is_selected(t));
         kept.sort_by_key(|t| Reverse(t.dtype.bits()));
 
-        let path = partial.unfinished_path(&shard.file_name);
+        let path = partial.unfinished_path(&shard.archive_name);
         let mut writer = ShardWriter::create(path, shard, tensors.iter(), |name| self.selected.contains(name))?;
         let mut tensor_bytes = 0;
         for info in encoded.into_iter().chain(kept) {
@@ -277,10 +294,8 @@ impl Job<'_> {
                     Some(path) => fs::read(path).map_err(|e| Error::io(path, e))?,
                     None => {
                         let encode = self.chosen.get(&info.name).unwrap_or(&self.encode);
-                        encode_tensor(&tensor, encode).map_err(|e| {
-                            let path = self.source.path().join(&shard.file_name);
-                            e.in_tensor(&info.name).within(path.display())
-                        })?
+                        encode_tensor(&tensor, encode)
+                            .map_err(|e| e.in_tensor(&info.name).within(shard.path().display()))?
                     }
                 };
                 writer.append(&info.name, Dtype::U8, &[bytes.len()], &bytes)?;
@@ -296,9 +311,12 @@ impl Job<'_> {
     }
 }
 
-/// The files of `dir` that are copied, sorted.
+/// The files of `dir` that are copied, sorted; none where it is a GGUF file.
 fn companions(dir: &Path) -> Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
+    if is_gguf(dir) {
+        return Ok(names);
+    }
     for entry in fs::read_dir(dir).map_err(|e| Error::io(dir, e))? {
         let entry = entry.map_err(|e| Error::io(dir, e))?;
         // The hub's cache consists of links: what counts is what they point to.

@@ -3,10 +3,11 @@
 use super::layers::model_order;
 use super::provenance::{PROVENANCE_FILE, Provenance};
 use super::{Progress, check_stopped};
-use crate::checkpoint::{Checkpoint, Dtype, INDEX_FILE, Tensor};
+use crate::checkpoint::{Checkpoint, Dtype, INDEX_FILE, TensorInfo};
 use crate::encoded::{Checks, EncodedTensor, ScaleKind, Sizes};
 use crate::error::Result;
 use crate::{Cpu, block::Params};
+use bytes::Bytes;
 use serde::{Serialize, Serializer};
 use std::path::Path;
 
@@ -181,19 +182,19 @@ pub fn inspect(dir: &Path, progress: &dyn Progress) -> Result<Inspection> {
     for name in names {
         check_stopped(progress)?;
         progress.tensor(name);
-        let tensor = checkpoint.tensor(name)?;
-        let n_bytes = tensor.data.len() as u64;
-        if tensor.dtype == Dtype::U8 && EncodedTensor::is_encoded(&tensor.data) {
-            let encoded = EncodedTensor::parse(tensor.data, Checks::Full).map_err(|e| e.in_tensor(name))?;
+        let Some(info) = checkpoint.info(name) else { continue };
+        let data = if info.dtype == Dtype::U8 { checkpoint.tensor(name)?.data } else { Bytes::new() };
+        if EncodedTensor::is_encoded(&data) {
+            let encoded = EncodedTensor::parse(data, Checks::Full).map_err(|e| e.in_tensor(name))?;
             let report = encoded_report(name, &encoded)?;
             encoded_sizes += encoded.sizes();
             encoded_weights += report.n_weights;
             entropy += report.entropy_bits.unwrap_or(0.0) * report.n_weights as f64;
             tensors.push(report);
         } else {
-            tensors.push(plain_report(tensor));
+            tensors.push(plain_report(info));
         }
-        progress.advance(n_bytes);
+        progress.advance(info.n_bytes as u64);
     }
     let file_bytes = |name: &str| std::fs::metadata(dir.join(name)).map_or(0, |m| m.len());
     let shard_bytes: u64 = checkpoint.shards().iter().map(|s| s.n_bytes).sum();
@@ -239,23 +240,23 @@ fn encoded_report(name: &str, encoded: &EncodedTensor) -> Result<TensorReport> {
     })
 }
 
-fn plain_report(tensor: Tensor) -> TensorReport {
-    let n_weights = tensor.shape.iter().map(|&n| n as u64).product();
-    let bits_per_weight = per_weight(tensor.data.len() as u64, n_weights);
+fn plain_report(tensor: &TensorInfo) -> TensorReport {
+    let n_weights = tensor.n_elements() as u64;
+    let bits_per_weight = per_weight(tensor.stored_bytes() as u64, n_weights);
     TensorReport {
-        format: tensor.dtype.to_string(),
+        format: tensor.stored_type(),
         coder: "none".into(),
         scale: "none",
         n_weights,
-        bytes: tensor.data.len() as u64,
+        bytes: tensor.stored_bytes() as u64,
         entropy_bits: None,
         bits_per_weight,
         ratio_bf16: ratio(bits_per_weight),
         relative_error: 0.0,
         params: None,
         bits: None,
-        name: tensor.name,
-        shape: tensor.shape,
+        name: tensor.name.clone(),
+        shape: tensor.shape.clone(),
     }
 }
 

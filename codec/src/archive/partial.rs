@@ -174,10 +174,10 @@ impl Partial {
     }
 
     /// Gives a shard, written and synced, its name, and remembers it for `--resume`.
-    pub(super) fn finish(&mut self, source: FileRecord, tensor_bytes: u64) -> Result<FinishedShard> {
-        let path = self.dir().join(&source.file);
-        fs::rename(self.unfinished_path(&source.file), &path).map_err(|e| Error::io(&path, e))?;
-        let output = FileRecord::of(self.dir(), &source.file)?;
+    pub(super) fn finish(&mut self, source: FileRecord, file_name: &str, tensor_bytes: u64) -> Result<FinishedShard> {
+        let path = self.dir().join(file_name);
+        fs::rename(self.unfinished_path(file_name), &path).map_err(|e| Error::io(&path, e))?;
+        let output = FileRecord::of(self.dir(), file_name)?;
         let shard = FinishedShard { source, output, tensor_bytes };
         self.journal.shards.retain(|s| s.output.file != shard.output.file);
         self.journal.shards.push(shard.clone());

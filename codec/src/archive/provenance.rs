@@ -32,9 +32,18 @@ pub struct FileRecord {
 impl FileRecord {
     /// Reads and hashes `dir/file`.
     pub fn of(dir: &Path, file: &str) -> Result<Self> {
-        let path = dir.join(file);
-        let (bytes, sha256) = hash_file(&path)?;
+        Self::of_path(&dir.join(file), file)
+    }
+
+    /// Reads and hashes a file of another name.
+    pub(super) fn of_path(path: &Path, file: &str) -> Result<Self> {
+        let (bytes, sha256) = hash_file(path)?;
         Ok(Self { file: file.into(), bytes, sha256 })
+    }
+
+    /// Hashes what would be a file's content.
+    pub(super) fn of_text(file: &str, text: &str) -> Self {
+        Self { file: file.into(), bytes: text.len() as u64, sha256: hex(&Sha256::digest(text)) }
     }
 }
 
@@ -200,7 +209,7 @@ impl Provenance {
 }
 
 /// JSON as the archive's files hold it: indented, with a newline at the end.
-pub(super) fn to_pretty_json(value: &impl Serialize) -> String {
+pub(crate) fn to_pretty_json(value: &impl Serialize) -> String {
     let mut text = serde_json::to_string_pretty(value).expect("keys are strings and no value fails to serialize");
     text.push('\n');
     text

@@ -3,9 +3,10 @@
 use super::provenance::{FileRecord, PROVENANCE_FILE, Provenance};
 use super::{Progress, check_stopped, is_embedding_or_head, read_config};
 use crate::Cpu;
-use crate::checkpoint::{CONFIG_FILE, Checkpoint, Dtype, INDEX_FILE, TensorInfo};
+use crate::checkpoint::{CONFIG_FILE, Checkpoint, Dtype, INDEX_FILE, TensorInfo, gguf_files};
 use crate::encoded::{Checks, EncodedTensor};
 use crate::error::{Error, Result};
+use crate::gguf::is_gguf;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -328,10 +329,16 @@ fn check_decoders(name: &str, encoded: &EncodedTensor, cpus: &[Cpu], decoders: &
     decoders.n_passed += 1;
 }
 
-/// Whether a weight file of `dir` differs from the one that the archive was made from.
-fn is_other_source(dir: &Path, provenance: &Provenance) -> bool {
+/// Whether a weight file of `src` differs from the one that the archive was made from.
+fn is_other_source(src: &Path, provenance: &Provenance) -> bool {
+    if is_gguf(src) {
+        // The file may have been renamed.
+        let found = FileRecord::of_path(src, "");
+        let is_same = |found: &FileRecord| provenance.source.iter().any(|f| f.sha256 == found.sha256);
+        return found.is_ok_and(|found| !is_same(&found));
+    }
     let mut weights = provenance.source.iter().filter(|f| f.file.ends_with(".safetensors"));
-    weights.any(|expected| FileRecord::of(dir, &expected.file).is_ok_and(|found| found != *expected))
+    weights.any(|expected| FileRecord::of(src, &expected.file).is_ok_and(|found| found != *expected))
 }
 
 fn check_config(source: &Path, archive: &Path) -> Check {
@@ -368,8 +375,19 @@ fn check_companions(source: &Path, provenance: &Provenance) -> Check {
         .files
         .iter()
         .filter(|f| ![CONFIG_FILE, INDEX_FILE].contains(&f.file.as_str()) && !f.file.ends_with(".safetensors"));
+    let made = if is_gguf(source) { gguf_files(source).map(|(files, _)| Some(files)) } else { Ok(None) };
+    let record = |name: &str| match &made {
+        Ok(Some(files)) => files
+            .get(name)
+            .map(|text| FileRecord::of_text(name, text))
+            .ok_or_else(|| Error::format(source.display().to_string(), format!("its metadata do not make a {name}"))),
+        _ => FileRecord::of(source, name),
+    };
+    if let Err(e) = &made {
+        tally.error(e);
+    }
     for expected in copied {
-        match FileRecord::of(source, &expected.file) {
+        match record(&expected.file) {
             Ok(found) => tally.expect(found == *expected, || format!("{} differs from the source's", expected.file)),
             Err(e) => tally.error(&e),
         }

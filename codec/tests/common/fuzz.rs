@@ -74,3 +74,17 @@ pub fn archive(data: &[u8]) {
     let cpus: Vec<Cpu> = Cpu::available().collect();
     let _ = archive::verify(dir.path(), None, &cpus, &Silent);
 }
+
+/// A GGUF file, from the bytes: whatever it is, reading it ends, and every tensor that it lists can be read.
+pub fn gguf(data: &[u8]) {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("x.gguf");
+    std::fs::write(&path, data).expect("space for a small file");
+    let _ = codecllm_codec::checkpoint::gguf_files(&path);
+    if let Ok(checkpoint) = Checkpoint::open(&path) {
+        for info in checkpoint.tensors() {
+            let tensor = checkpoint.tensor(&info.name).expect("what the header lists is there");
+            assert_eq!(tensor.data.len(), info.n_bytes);
+        }
+    }
+}
