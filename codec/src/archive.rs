@@ -18,7 +18,7 @@ pub use inspect::{BitsSplit, CoderParams, EncodedTotal, Inspection, TensorReport
 pub use layers::Layers;
 pub use partial::partial_path;
 pub use provenance::{FileRecord, PROVENANCE_FILE, Provenance, Settings};
-pub use rate::RateTarget;
+pub use rate::{RateTarget, steps_of};
 pub use verify::{Check, Report, Status, verify};
 
 use crate::checkpoint::{CONFIG_FILE, INDEX_FILE};

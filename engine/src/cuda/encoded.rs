@@ -2,10 +2,14 @@
 //!
 //! Nothing here allocates or waits once a matrix is made, so that every launch may be part of a graph.
 
+mod external;
+
+pub use external::{External, ExternalMatrix};
+
 use super::device::{Device, Grid, failed};
 use crate::error::{Error, Result};
 use codecllm_codec::block::{BLOCK_ROWS, Params};
-use codecllm_codec::{EncodedTensor, Format};
+use codecllm_codec::{EncodedTensor, Format, Layout};
 use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaFunction, CudaModule, CudaSlice, DevicePtr, DevicePtrMut};
 use std::sync::Arc;
@@ -142,9 +146,10 @@ pub(super) struct EncodedMatrix {
     description: Description,
     bytes: u64,
     kernels: Instance,
-    /// What the description points to.
-    _data: CudaSlice<u8>,
-    _table: CudaSlice<u64>,
+    /// Where its row blocks count the strips that are done; 0 for the memory that all matrices share.
+    arrived: u64,
+    /// What the description points to; none where that is another's.
+    _storage: Option<(CudaSlice<u8>, CudaSlice<u64>)>,
 }
 
 /// The kernels for one format and parameters.
@@ -159,6 +164,26 @@ struct Instance {
     name: String,
 }
 
+/// Where the products of a launch keep what is on its way; device addresses.
+struct Scratch {
+    /// Sums of strips, as many as [`Strips`] counts.
+    partials: u64,
+    /// Zeros, one u32 a row block; zeros again afterwards.
+    arrived: u64,
+    /// One f64 a token.
+    units: u64,
+    /// As [`EncodedKernels::operand`] sizes it.
+    operand: u64,
+}
+
+/// How products are cut.
+struct Strips {
+    /// Blocks of a row that a warp takes at once.
+    strip: usize,
+    /// Sums that strips leave to be added up.
+    n_sums: usize,
+}
+
 /// One of the products that share an input.
 pub(super) struct Product<'a> {
     pub matrix: &'a EncodedMatrix,
@@ -171,6 +196,11 @@ pub(super) struct Product<'a> {
 impl EncodedKernels {
     /// Loads the kernels.
     pub fn new(device: &Device) -> Result<Self> {
+        Self::with_scratch(device, PARTIALS, MAX_ROW_BLOCKS)
+    }
+
+    /// Loads the kernels, with memory for so many partial sums and row blocks: none where launches are given their own.
+    fn with_scratch(device: &Device, n_partials: usize, n_row_blocks: usize) -> Result<Self> {
         let module = device.load(include_bytes!("../../cuda/encoded.fatbin"))?;
         let prepare = |name| device.kernel(&module, name, 0);
         let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
@@ -182,8 +212,8 @@ impl EncodedKernels {
             // A little is for what the kernels declare themselves.
             shared_limit: shared_limit as u32 - 1024,
             n_multiprocessors: device.n_multiprocessors(),
-            partials: device.zeros(PARTIALS)?,
-            arrived: device.zeros(MAX_ROW_BLOCKS)?,
+            partials: device.zeros(n_partials)?,
+            arrived: device.zeros(n_row_blocks)?,
             units: device.zeros(PRODUCT_TOKENS)?,
         })
     }
@@ -208,7 +238,7 @@ impl EncodedKernels {
 }
 
 /// The format whose kernels read a tensor: codes of `rate` are those of `int8`.
-fn kernel_format(tensor: &EncodedTensor) -> Format {
+fn kernel_format(tensor: &Layout) -> Format {
     if tensor.format().is_integer() { Format::Int8 } else { tensor.format() }
 }
 
@@ -227,7 +257,7 @@ fn has_instance(format: Format, params: &Params) -> bool {
 /// The table as the kernels look it up, by slot. Low half: what the shifted state changes by, from the top bit down, and
 /// the bits to read in bits 0 to 4. High half: the parts where the codes have them (`Codec::assemble` in decode.cuh),
 /// or the symbol.
-fn table_entries(tensor: &EncodedTensor, params: &Params) -> Vec<u64> {
+fn table_entries(tensor: &Layout, params: &Params) -> Vec<u64> {
     let &Params { parts_per_symbol: g, table_bits, raw_bits: k, part_bits: w, bias, .. } = params;
     let format = kernel_format(tensor);
     let fixed = has_instance(format, params);
@@ -252,42 +282,62 @@ fn table_entries(tensor: &EncodedTensor, params: &Params) -> Vec<u64> {
         .collect()
 }
 
+/// Checks that the kernels take a tensor.
+fn check_layout(tensor: &Layout) -> Result<&Params> {
+    let Some(params) = tensor.params() else {
+        return Err(Error::unsupported(
+            "encoded tensor",
+            "its coder is `zstd`, which the GPU does not decode; compress the model with coder `rans`",
+        ));
+    };
+    let geometry = tensor.geometry();
+    // Sums are exact up to 2^31 / 2^14 columns.
+    if geometry.n_cols > 1 << 17 || geometry.n_row_blocks() > PARTIALS / BLOCK_ROWS / PRODUCT_TOKENS {
+        return Err(Error::unsupported(
+            "encoded tensor",
+            format!(
+                "it has {} rows and {} columns; the GPU's kernels take up to {} and {}",
+                geometry.n_rows,
+                geometry.n_cols,
+                PARTIALS / PRODUCT_TOKENS,
+                1 << 17
+            ),
+        ));
+    }
+    Ok(params)
+}
+
 impl EncodedMatrix {
     /// Takes an encoded tensor to the GPU.
     ///
     /// # Errors
     /// A tensor of coder `zstd`, more rows or columns than the kernels count, too little memory.
     pub fn new(device: &Device, kernels: &EncodedKernels, tensor: &EncodedTensor) -> Result<Self> {
-        let Some(params) = tensor.params() else {
-            return Err(Error::unsupported(
-                "encoded tensor",
-                "its coder is `zstd`, which the GPU does not decode; compress the model with coder `rans`",
-            ));
-        };
-        let geometry = tensor.geometry();
-        // Sums are exact up to 2^31 / 2^14 columns.
-        if geometry.n_cols > 1 << 17 || geometry.n_row_blocks() > PARTIALS / BLOCK_ROWS / PRODUCT_TOKENS {
-            return Err(Error::unsupported(
-                "encoded tensor",
-                format!(
-                    "it has {} rows and {} columns; the GPU's kernels take up to {} and {}",
-                    geometry.n_rows,
-                    geometry.n_cols,
-                    PARTIALS / PRODUCT_TOKENS,
-                    1 << 17
-                ),
-            ));
-        }
+        let layout = tensor.layout();
+        let entries = table_entries(&layout, check_layout(&layout)?);
         let stream = device.stream();
         let data = stream.clone_htod(&tensor.bytes()[..]).map_err(|e| device.out_of_memory(e, tensor.bytes().len()))?;
-        let entries = table_entries(tensor, params);
         let table = stream.clone_htod(&entries).map_err(|e| device.out_of_memory(e, 8 * entries.len()))?;
+        let (at, table_at) = (data.device_ptr(stream).0, table.device_ptr(stream).0);
+        let mut matrix = Self::describe(&layout, at, table_at, |name| kernels.instance(device, name))?;
+        matrix._storage = Some((data, table));
+        Ok(matrix)
+    }
+
+    /// A matrix whose bytes lie at `base` and its table at `table`.
+    fn describe(
+        tensor: &Layout,
+        base: u64,
+        table: u64,
+        kernels: impl FnOnce(String) -> Result<Instance>,
+    ) -> Result<Self> {
+        let params = check_layout(tensor)?;
+        let geometry = tensor.geometry();
         let sections = tensor.sections();
-        let (base, _) = data.device_ptr(stream);
         let at = |range: &std::ops::Range<usize>| base + range.start as u64;
         let patched = !sections.patches.is_empty();
         let description = Description {
-            table: table.device_ptr(stream).0,
+            table,
             stream: at(&sections.stream),
             offsets: at(&sections.offsets),
             raw: at(&sections.raw),
@@ -313,8 +363,8 @@ impl EncodedMatrix {
             true => format!("{format}_g{g}_k{k}"),
             false => format!("{format}_any"),
         };
-        let bytes = (tensor.bytes().len() + 8 * entries.len()) as u64;
-        Ok(Self { format, description, bytes, kernels: kernels.instance(device, name)?, _data: data, _table: table })
+        let bytes = (tensor.n_bytes() + (8 << params.table_bits)) as u64;
+        Ok(Self { format, description, bytes, kernels: kernels(name)?, arrived: 0, _storage: None })
     }
 
     /// Rows.
@@ -334,6 +384,11 @@ impl EncodedMatrix {
 
     fn n_row_blocks(&self) -> usize {
         self.n_rows().div_ceil(BLOCK_ROWS)
+    }
+
+    /// Strips of a row, where each is so many blocks.
+    fn n_strips(&self, strip: usize) -> usize {
+        (self.description.n_col_blocks as usize).div_ceil(strip)
     }
 
     fn table_bytes(&self) -> u32 {
@@ -434,13 +489,26 @@ impl EncodedKernels {
     ) -> Result<()> {
         check_len("tokens", tokens.len(), n_tokens)?;
         check_len("gathered rows", out.len(), n_tokens * matrix.n_cols())?;
-        let mut launch = Launch { n_tasks: 1, n_tokens: n_tokens as u32, ..Default::default() };
-        launch.tokens = tokens.device_ptr(device.stream()).0;
-        let out = out.device_ptr_mut(device.stream()).0;
+        let (tokens, out) = (tokens.device_ptr(device.stream()).0, out.device_ptr_mut(device.stream()).0);
+        // SAFETY: the buffers were checked.
+        unsafe { self.gather_at(device, matrix, tokens, n_tokens, out) }
+    }
+
+    /// # Safety
+    /// As many tokens and rows have room at the addresses.
+    unsafe fn gather_at(
+        &self,
+        device: &Device,
+        matrix: &EncodedMatrix,
+        tokens: u64,
+        n_tokens: usize,
+        out: u64,
+    ) -> Result<()> {
+        let mut launch = Launch { n_tasks: 1, n_tokens: n_tokens as u32, tokens, ..Default::default() };
         launch.tasks[0] = Task { matrix: matrix.description, out, ..Default::default() };
         let shared_bytes = matrix.table_bytes() + RING_BYTES;
         let grid = Grid { blocks: (matrix.description.n_col_blocks, n_tokens as u32, 1), threads: 32, shared_bytes };
-        // SAFETY: as in `launch`; the buffers were checked.
+        // SAFETY: as in `launch`; the buffers are the caller's promise.
         unsafe { device.launch(&matrix.kernels.gather_rows, grid, &launch) }
     }
 
@@ -474,15 +542,38 @@ impl EncodedKernels {
             .iter_mut()
             .map(|p| (p.matrix, p.bias.map_or(0, |b| b.device_ptr(stream).0), p.out.device_ptr_mut(stream).0))
             .collect();
+        let scratch = Scratch {
+            partials: self.partials.device_ptr(stream).0,
+            arrived: self.arrived.device_ptr(stream).0,
+            units: self.units.device_ptr(stream).0,
+            operand: operand.data.device_ptr_mut(stream).0,
+        };
+        // SAFETY: the buffers were checked; what is shared has room for the largest launch.
+        unsafe { self.product_at(device, &scratch, x.device_ptr(stream).0, n_tokens, &jobs) }
+    }
+
+    /// The products of 1 to 16 tokens at `x`; `jobs`: matrices of the same width, with where their biases (or 0) and their
+    /// outputs lie.
+    ///
+    /// # Safety
+    /// Activations, biases, outputs and scratch have the room that [`Self::product`] describes and [`Strips`] counts.
+    unsafe fn product_at(
+        &self,
+        device: &Device,
+        scratch: &Scratch,
+        x: u64,
+        n_tokens: usize,
+        jobs: &[(&EncodedMatrix, u64, u64)],
+    ) -> Result<()> {
+        let Some(n_cols) = jobs.first().map(|job| job.0.n_cols()) else { return Ok(()) };
+        let (plain, prepared, units) = (x, scratch.operand, scratch.units);
         let (tiles, kernel) = match n_tokens {
             1 => (0, 0),
             2..=8 => (1, 1),
             _ => (2, 2),
         };
-        let units = self.units.device_ptr(stream).0;
-        let (plain, prepared) = (x.device_ptr(stream).0, operand.data.device_ptr_mut(stream).0);
         let mut ready = None;
-        for jobs in groups(&jobs, |job| job.0) {
+        for jobs in groups(jobs, |job| job.0) {
             let is_int8 = jobs[0].0.format == Format::Int8;
             if n_tokens > 1 && ready != Some(is_int8) {
                 let prepare = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
@@ -494,66 +585,82 @@ impl EncodedKernels {
                 ready = Some(is_int8);
             }
             // One token's activations are made fixed-point in shared memory.
-            let needs = match (n_tokens, is_int8) {
-                (1, true) => Needs { tile_bytes: 256, block_bytes: 2 * n_cols.next_multiple_of(32) as u32, warps: 32 },
-                (1, false) => Needs { tile_bytes: 0, block_bytes: 0, warps: 32 },
-                (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: 16 },
-                (_, false) => Needs { tile_bytes: 2048, block_bytes: 0, warps: 16 },
-            };
+            let needs = product_needs(n_tokens, is_int8, n_cols);
             let x = if n_tokens == 1 { plain } else { prepared };
             let mut launch =
                 Launch { n_tasks: jobs.len() as u32, n_tokens: n_tokens as u32, x, units, ..Default::default() };
-            self.add_tasks(device, &mut launch, &jobs, needs.warps)?;
+            self.add_tasks(scratch, &mut launch, &jobs, needs.warps)?;
             // SAFETY: the buffers were checked.
             unsafe { self.launch(device, &jobs[0].0.kernels.product[kernel], launch, needs)? };
         }
         Ok(())
     }
 
-    /// Sets the tasks of products: how many blocks of a row a warp takes, and where its sums go. Short strips keep all
-    /// warps busy, long ones leave fewer sums to add up.
+    /// How the products of one launch are cut into strips. Short strips keep all warps busy, long ones leave fewer sums to add
+    /// up.
+    fn strips<'m>(
+        &self,
+        matrices: impl Iterator<Item = &'m EncodedMatrix> + Clone,
+        n_tokens: usize,
+        most_warps: u32,
+    ) -> Result<Strips> {
+        let all_warps = (self.n_multiprocessors * most_warps) as usize;
+        let sums = BLOCK_ROWS * n_tokens;
+        let n_strips = |strip: usize| matrices.clone().map(|m| m.n_row_blocks() * m.n_strips(strip)).sum::<usize>();
+        // The slowest warp's blocks, and a third of one's time for the end of each strip.
+        let cost = |strip: usize| n_strips(strip).div_ceil(all_warps) * (3 * strip + 1);
+        let widest = matrices.clone().map(|m| m.description.n_col_blocks as usize).max().unwrap_or(1);
+        let strips = (1..=widest).filter(|&strip| n_strips(strip) * sums <= PARTIALS);
+        let strip = strips.min_by_key(|&strip| cost(strip)).unwrap_or(widest);
+        let n_row_blocks: usize = matrices.clone().map(EncodedMatrix::n_row_blocks).sum();
+        let n_sums = n_strips(strip) * sums;
+        if n_sums > PARTIALS || n_row_blocks > MAX_ROW_BLOCKS {
+            return Err(Error::Parameter(format!(
+                "{} matrices have {n_row_blocks} row blocks together; one launch takes up to {}: give it fewer",
+                matrices.count(),
+                PARTIALS / sums
+            )));
+        }
+        Ok(Strips { strip, n_sums })
+    }
+
+    /// Sets the tasks of products: how many blocks of a row a warp takes, and where its sums go.
     fn add_tasks(
         &self,
-        device: &Device,
+        scratch: &Scratch,
         launch: &mut Launch,
         jobs: &[(&EncodedMatrix, u64, u64)],
         most_warps: u32,
     ) -> Result<()> {
-        let stream = device.stream();
-        let (partials, arrived) = (self.partials.device_ptr(stream).0, self.arrived.device_ptr(stream).0);
-        let all_warps = (self.n_multiprocessors * most_warps) as usize;
-        let sums = BLOCK_ROWS * launch.n_tokens as usize;
-        let of_row = |m: &EncodedMatrix, strip: usize| (m.description.n_col_blocks as usize).div_ceil(strip);
-        let n_strips = |strip: usize| jobs.iter().map(|(m, ..)| m.n_row_blocks() * of_row(m, strip)).sum::<usize>();
-        // The slowest warp's blocks, and a third of one's time for the end of each strip.
-        let cost = |strip: usize| n_strips(strip).div_ceil(all_warps) * (3 * strip + 1);
-        let widest = jobs.iter().map(|(m, ..)| m.description.n_col_blocks as usize).max().unwrap_or(1);
-        let strips = (1..=widest).filter(|&strip| n_strips(strip) * sums <= PARTIALS);
-        let strip = strips.min_by_key(|&strip| cost(strip)).unwrap_or(widest);
+        let n_tokens = launch.n_tokens as usize;
+        let Strips { strip, .. } = self.strips(jobs.iter().map(|job| job.0), n_tokens, most_warps)?;
         let (mut n_sums, mut n_row_blocks) = (0, 0);
         for (task, &(m, bias, out)) in launch.tasks.iter_mut().zip(jobs) {
-            let n_strips = of_row(m, strip);
+            let n_strips = m.n_strips(strip);
             *task = Task {
                 matrix: m.description,
                 out,
                 bias,
-                partials: partials + 8 * n_sums as u64,
-                arrived: arrived + 4 * n_row_blocks as u64,
+                partials: scratch.partials + 8 * n_sums as u64,
+                arrived: if m.arrived != 0 { m.arrived } else { scratch.arrived + 4 * n_row_blocks as u64 },
                 strip: strip as u32,
                 n_strips: n_strips as u32,
                 ..Default::default()
             };
-            n_sums += m.n_row_blocks() * n_strips * sums;
+            n_sums += m.n_row_blocks() * n_strips * BLOCK_ROWS * n_tokens;
             n_row_blocks += m.n_row_blocks();
         }
-        if n_sums > PARTIALS || n_row_blocks > MAX_ROW_BLOCKS {
-            return Err(Error::Parameter(format!(
-                "{} matrices have {n_row_blocks} row blocks together; one launch takes up to {}: give it fewer",
-                jobs.len(),
-                PARTIALS / sums
-            )));
-        }
         Ok(())
+    }
+}
+
+/// What a product of `n_tokens` tokens of `n_cols` columns needs.
+fn product_needs(n_tokens: usize, is_int8: bool, n_cols: usize) -> Needs {
+    match (n_tokens, is_int8) {
+        (1, true) => Needs { tile_bytes: 256, block_bytes: 2 * n_cols.next_multiple_of(32) as u32, warps: 32 },
+        (1, false) => Needs { tile_bytes: 0, block_bytes: 0, warps: 32 },
+        (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: 16 },
+        (_, false) => Needs { tile_bytes: 2048, block_bytes: 0, warps: 16 },
     }
 }
 
