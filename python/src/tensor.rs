@@ -24,6 +24,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(choose_steps, m)?)?;
     m.add_function(wrap_pyfunction!(product, m)?)?;
     m.add_function(wrap_pyfunction!(gather, m)?)?;
+    m.add_function(wrap_pyfunction!(dequantize, m)?)?;
     m.add_function(wrap_pyfunction!(set_threads, m)?)?;
     m.add_function(wrap_pyfunction!(get_threads, m)?)
 }
@@ -369,11 +370,11 @@ fn get_threads() -> PyResult<usize> {
 }
 
 /// The tensor that `data` holds, by the layout that was parsed before where there is one.
-fn bind(data: Bytes, key: i64) -> CodecResult<Matrix> {
-    Ok(Matrix::Encoded(match find_layout(key) {
-        Some(layout) => layout.bind(data)?,
-        None => EncodedTensor::parse(data, Checks::Metadata)?,
-    }))
+fn bind(data: Bytes, key: i64) -> CodecResult<EncodedTensor> {
+    match find_layout(key) {
+        Some(layout) => layout.bind(data),
+        None => EncodedTensor::parse(data, Checks::Metadata),
+    }
 }
 
 /// `x · Wᵀ + bias`, f32: weight `[n_bytes]`, x `[n_tokens, n_cols]`, bias `[n_rows]`; the result `[n_tokens, n_rows]`.
@@ -392,7 +393,7 @@ fn product<'py>(
     let backend = backend()?;
     let out = py.detach(|| {
         borrow(weight, |weight| {
-            let matrix = bind(weight, key)?;
+            let matrix = Matrix::Encoded(bind(weight, key)?);
             let mut out = vec![0f32; n_tokens * n_rows];
             backend.linear(&matrix, x, bias, &mut out).map(|()| out)
         })
@@ -415,11 +416,31 @@ fn gather<'py>(
         // A negative row becomes one that no matrix has.
         let rows: Vec<usize> = rows.iter().map(|&row| usize::try_from(row).unwrap_or(usize::MAX)).collect();
         borrow(weight, |weight| {
-            let matrix = bind(weight, key)?;
+            let matrix = Matrix::Encoded(bind(weight, key)?);
             let mut out = vec![0f32; rows.len() * n_cols];
             backend.gather(&matrix, &rows, &mut out).map(|()| out)
         })
     });
     let n = rows.len();
     PyArray1::from_vec(py, out.map_err(errors::engine)?).reshape([n, n_cols])
+}
+
+/// All values of a matrix, f32.
+#[pyfunction]
+fn dequantize<'py>(
+    py: Python<'py>,
+    weight: PyReadonlyArray1<'py, u8>,
+    key: i64,
+) -> PyResult<Bound<'py, PyArray2<f32>>> {
+    let weight = weight.as_slice()?;
+    let mut shape = [0; 2];
+    let values = py.detach(|| {
+        borrow(weight, |weight| {
+            let t = bind(weight, key)?;
+            shape = [t.n_rows(), t.n_cols()];
+            let mut values = vec![0f32; shape[0] * shape[1]];
+            t.decode_rows(Cpu::detect(), 0..shape[0], &mut values).map(|()| values)
+        })
+    });
+    PyArray1::from_vec(py, values.map_err(errors::codec)?).reshape(shape)
 }
