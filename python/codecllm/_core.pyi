@@ -61,10 +61,11 @@ def encode(
     coder: str,
     prefer: str,
     step: float | None,
+    params: tuple[int, ...] | None,
 ) -> NDArray[np.uint8]: ...
 def choose_steps(
     sources: list[tuple[str, NDArray[np.uint8], str, list[int]]], bits: float, coder: str, prefer: str
-) -> list[float]: ...
+) -> list[tuple[float, tuple[int, ...] | None]]: ...
 def product(
     weight: NDArray[np.uint8],
     key: int,

@@ -332,11 +332,12 @@ class CompressedLinear(_Compressed):
     ) -> CompressedLinear:
         """Encode a layer's weight; the result is on the same device. `rate` takes `bits` per weight, or the `step` of its grid in
         units of the weights."""
+        choice: _Choice = (step, None)
         if format == "rate" and step is None:
             if bits is None:
                 raise ValueError("format `rate` needs `bits` or `step`")
-            step = _core.choose_steps([("weight", *_bytes_of(linear.weight))], bits, coder, prefer)[0]
-        data = _encode(linear.weight, format, step, scale, coder, prefer)
+            choice = _core.choose_steps([("weight", *_bytes_of(linear.weight))], bits, coder, prefer)[0]
+        data = _encode(linear.weight, format, choice, scale, coder, prefer)
         layer = cls.from_encoded(data, linear.bias, linear.weight.device)
         layer.train(linear.training)
         return layer
@@ -410,6 +411,10 @@ def compressed_modules(model: nn.Module) -> dict[str, CompressedLinear | Compres
 # ---------------------------------------------------------------- encoding
 
 
+#: The step of a grid, and the coder's parameters; none where the encoder chooses.
+_Choice = tuple[float | None, tuple[int, ...] | None]
+
+
 def _bytes_of(weight: Tensor) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], str, list[int]]:
     if weight.dtype not in _NAMES:
         weight = weight.float()
@@ -417,11 +422,10 @@ def _bytes_of(weight: Tensor) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], str,
     return weight.view(torch.uint8).reshape(-1).numpy(), _NAMES[weight.dtype], list(weight.shape)
 
 
-def _encode(weight: Tensor, format: str, step: float | None, scale: str, coder: str, prefer: str) -> Tensor:
-    data, dtype, shape = _bytes_of(weight)
-    step = step if format == "rate" else None
-    encoded = _core.encode(data, dtype, shape, format=format, scale=scale, coder=coder, prefer=prefer, step=step)
-    return torch.from_numpy(encoded)
+def _encode(weight: Tensor, format: str, choice: _Choice, scale: str, coder: str, prefer: str) -> Tensor:
+    step, params = choice if format == "rate" else (None, None)
+    options: Any = {"format": format, "scale": scale, "coder": coder, "prefer": prefer, "step": step, "params": params}
+    return torch.from_numpy(_core.encode(*_bytes_of(weight), **options))
 
 
 def _used_as_tensors(module: nn.Module) -> bool:
@@ -454,7 +458,8 @@ def compress_model_(
         raise ValueError("format `rate` needs `bits`")
     if format != "rate" and bits is not None:
         raise ValueError("`bits` goes with format `rate`")
-    skip = tuple(skip)
+    # Models of Transformers name layers whose dtype they look at.
+    skip = (*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
     if "transformers" in _loaded_modules():
         from codecllm.transformers import split_experts_
 
@@ -479,20 +484,20 @@ def compress_model_(
     def favour(weight: Tensor) -> str:
         return prefer or ("speed" if weight.is_cuda else "balanced")
 
-    steps: list[float | None] = [None] * len(jobs)
+    choices: list[_Choice] = [(None, None)] * len(jobs)
     if bits is not None:
         sources = [(f"{group[0][0]}.weight", *_bytes_of(group[0][1].weight)) for group in jobs]
-        steps = list(_core.choose_steps(sources, bits, coder, favour(jobs[0][0][1].weight)))
+        choices = list(_core.choose_steps(sources, bits, coder, favour(jobs[0][0][1].weight)))
         del sources
     total = sum(group[0][1].weight.nbytes for group in jobs)
     done = 0
-    for group, step in zip(jobs, steps, strict=True):
+    for group, choice in zip(jobs, choices, strict=True):
         name, module = group[0]
         weight = module.weight
         if progress:
             progress(done, total, name)
         try:
-            data = _encode(weight, format, step, scale, coder, favour(weight))
+            data = _encode(weight, format, choice, scale, coder, favour(weight))
         except ValueError as e:
             raise type(e)(f"layer `{name}`: {e}") from None
         shared = nn.Parameter(data.to(weight.device), requires_grad=False)

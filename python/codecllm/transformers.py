@@ -259,7 +259,7 @@ class CodecQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files")
         if not files or not all(str(file).endswith(".safetensors") for file in files):
             raise _core.UnsupportedError("an archive is loaded from its safetensors files: give its path to `from_pretrained`")
-        self._dtype = kwargs.get("dtype") or torch.bfloat16
+        self._dtype = model.dtype
         encoded = _encoded_tensors(files)
         conversions = _conversions(model)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]

@@ -3,6 +3,7 @@
 use crate::errors;
 use bytes::Bytes;
 use codecllm_codec::archive::{RateTarget, Silent, steps_of};
+use codecllm_codec::block::Params;
 use codecllm_codec::quantize::Codes;
 use codecllm_codec::{
     Checks, Coder, Cpu, Dtype, EncodeOptions, EncodedTensor, Error, Format, Layout as CodecLayout,
@@ -281,7 +282,7 @@ fn dtype_of(name: &str) -> PyResult<Dtype> {
 
 /// Encodes a matrix, given as its bytes: the bytes of `docs/format.md`.
 #[pyfunction]
-#[pyo3(signature = (data, dtype, shape, *, format, scale, coder, prefer, step))]
+#[pyo3(signature = (data, dtype, shape, *, format, scale, coder, prefer, step, params))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
 fn encode<'py>(
     py: Python<'py>,
@@ -293,8 +294,17 @@ fn encode<'py>(
     coder: &str,
     prefer: &str,
     step: Option<f32>,
+    params: Option<CoderParams>,
 ) -> PyResult<Bound<'py, PyArray1<u8>>> {
-    let options = encode_options(format, scale, coder, prefer, step)?;
+    let mut options = encode_options(format, scale, coder, prefer, step)?;
+    options.params = params.map(|(parts_per_symbol, table_bits, raw_bits, part_bits, block_cols, bias)| Params {
+        parts_per_symbol,
+        table_bits,
+        raw_bits,
+        part_bits,
+        block_cols,
+        bias,
+    });
     let (data, dtype) = (data.as_slice()?, dtype_of(dtype)?);
     let encoded = py.detach(|| {
         borrow(data, |data| encode_tensor(&CodecTensor { name: "weight".into(), dtype, shape, data }, &options))
@@ -305,7 +315,10 @@ fn encode<'py>(
 /// A matrix as its name, bytes, element type and shape.
 type Source<'py> = (String, PyReadonlyArray1<'py, u8>, String, Vec<usize>);
 
-/// The steps of `rate` with which the matrices together take `bits` a weight.
+/// The coder's parameters: parts a symbol, table bits, raw bits, part bits, columns a block, bias.
+type CoderParams = (u32, u32, u32, u32, u32, i32);
+
+/// The steps of `rate` with which the matrices together take `bits` a weight, each with the coder's parameters.
 #[pyfunction]
 fn choose_steps(
     py: Python<'_>,
@@ -313,7 +326,7 @@ fn choose_steps(
     bits: f64,
     coder: &str,
     prefer: &str,
-) -> PyResult<Vec<Option<f32>>> {
+) -> PyResult<Vec<(Option<f32>, Option<CoderParams>)>> {
     let options = encode_options("rate", "channel", coder, prefer, None)?;
     let slices: Vec<_> = sources
         .iter()
@@ -327,7 +340,8 @@ fn choose_steps(
             .collect();
         steps_of(&tensors, RateTarget::Bits(bits), &options, &Silent)
     });
-    Ok(steps.map_err(errors::codec)?.iter().map(|options| options.step).collect())
+    let params = |p: Params| (p.parts_per_symbol, p.table_bits, p.raw_bits, p.part_bits, p.block_cols, p.bias);
+    Ok(steps.map_err(errors::codec)?.iter().map(|options| (options.step, options.params.map(params))).collect())
 }
 
 /// The CPU's threads and kernels, and the process that started them: a fork has the memory of threads, but not the threads.
