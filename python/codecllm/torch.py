@@ -98,7 +98,7 @@ def _(x: Tensor, weight: Tensor, tables: Tensor | None, bias: Tensor | None, key
     n_tokens = x.numel() // n_cols
     if n_tokens > _core.CUDA_MAX_TOKENS:
         values = torch.ops.codecllm.decode(weight, tables, key, n_rows, n_cols)
-        # The weights are BF16 already; the input is that of a BF16 model, or keeps its precision.
+        # The weights are BF16 already; the input is a BF16 model's, or keeps its precision.
         dtype = torch.bfloat16 if bf16 else torch.float32
         return nn.functional.linear(x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)).float()
     out = x.new_empty(*x.shape[:-1], n_rows)
@@ -165,7 +165,7 @@ def _(ids: Tensor, weight: Tensor, tables: Tensor | None, key: int, n_cols: int)
 
 @torch.library.custom_op("codecllm::decode", mutates_args=(), device_types="cpu")
 def _decode(weight: Tensor, tables: Tensor | None, key: int, n_rows: int, n_cols: int) -> Tensor:
-    """The weights `[n_rows, n_cols]`: f32 on the CPU; on a GPU rounded to BF16 (`bf16` and `fp8`'s codes are exact there)."""
+    """The weights `[n_rows, n_cols]`: f32 on the CPU; on a GPU rounded to BF16, which `bf16` has anyway."""
     return torch.from_numpy(_core.dequantize(weight.detach().numpy(), key))
 
 
@@ -237,8 +237,10 @@ class _Compressed(nn.Module):
         if not self.weight.is_cuda:
             self.tables = None
             return
-        _core.cuda_open(self.weight.device.index)
-        self.tables = torch.from_numpy(_core.cuda_tables(self._layout)).to(self.weight.device)
+        # Opening a GPU makes it the thread's own: the guard brings back the one before.
+        with torch.cuda.device(self.weight.device):
+            _core.cuda_open(self.weight.device.index)
+            self.tables = torch.from_numpy(_core.cuda_tables(self._layout)).to(self.weight.device)
 
     def _ready(self) -> Tensor | None:
         """The tables, once all is in place: a check of attributes alone where it is."""
@@ -267,6 +269,11 @@ class _Compressed(nn.Module):
         state = self.__dict__.copy()
         state["_layout"] = None
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.weight.numel():
+            self.prepare()
 
     @property
     def format(self) -> str:
