@@ -66,18 +66,21 @@ class Step:
     """One decoding step of a model: `batch` sequences, whose cache holds `context` tokens already."""
 
     def __init__(self, model: Any, batch: int, context: int) -> None:
-        self.model, self.graph = model, None
+        self.model = model
+        self.graph: torch.cuda.CUDAGraph | None = None
         device = next(p for p in model.parameters()).device
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, model.config.vocab_size, (batch, context), generator=generator).to(device)
         self.cache = StaticCache(config=model.config, max_cache_len=context + 8)
-        self.position, self.mask = torch.arange(context, device=device), None
+        self.position = torch.arange(context, device=device)
+        self.mask: Tensor | None = None
         with torch.inference_mode():
             self._forward(ids, self.position)
         self.ids = ids[:, -1:].clone()
         self.position = torch.tensor([context], device=device)
         # Made here, as making one asks the GPU for its shape, which a graph cannot.
-        length = self.cache.layers[0].keys.shape[-2]
+        first: Any = self.cache.layers[0]
+        length = first.keys.shape[-2]
         mask = torch.arange(length, device=device) <= context
         self.mask = mask[None, None, None].expand(batch, 1, 1, length)
         # The same step again and again: every layer writes the same place of its cache.
@@ -216,13 +219,14 @@ def load(source: str | None, shape: str, device: torch.device) -> Any:
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16)
+        make: Any = LlamaForCausalLM
         with device:
-            model = LlamaForCausalLM(config)
+            model = make(config)
     finally:
         torch.set_default_dtype(default)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.Linear):
+            if type(module) is nn.Linear:
                 # Rows of different scales, and heavier tails than a normal distribution has.
                 scale = torch.exp(0.3 * torch.randn(module.out_features, 1, device=device))
                 module.weight.mul_((scale * (1 + 0.2 * torch.randn_like(module.weight).abs())).to(module.weight.dtype))

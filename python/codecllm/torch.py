@@ -299,6 +299,8 @@ class CompressedLinear(_Compressed):
     float32, or for `int8` and `rate` exact integers.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -361,7 +363,7 @@ class CompressedLinear(_Compressed):
     def forward(self, x: Tensor) -> Tensor:
         """`x · Wᵀ + bias`, in x's dtype."""
         tables = self._ready()
-        bias = None if self.bias is None else self.bias.float()
+        bias = self.bias if self.bias is None else self.bias.float()
         bf16 = x.dtype == torch.bfloat16
         out = torch.ops.codecllm.linear(x.float(), self.weight, tables, bias, self._key, self.out_features, bf16)
         return out.to(x.dtype)
@@ -376,6 +378,8 @@ class CompressedEmbedding(_Compressed):
 
     `dtype` is that of what comes out.
     """
+
+    like: Tensor
 
     def __init__(
         self,
@@ -472,7 +476,7 @@ def compress_model_(
 
         split_experts_(model, skip)
     kept = {id(child) for module in model.modules() if _used_as_tensors(module) for child in module.modules()}
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    owners: dict[int, list[tuple[str, Any]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 2:

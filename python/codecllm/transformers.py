@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -59,7 +59,7 @@ class CodecConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         **more: Any,
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method: Any = quant_method
         self.format = format
         self.bits = bits
         self.scale = scale
@@ -82,7 +82,9 @@ class CompressedExperts(nn.Module):
     The same sums as the eager experts of Transformers: every expert that a token chose runs on its tokens.
     """
 
-    def __init__(self, experts: nn.Module, names: tuple[str, str, str]) -> None:
+    act_fn: Any
+
+    def __init__(self, experts: Any, names: tuple[str, str, str]) -> None:
         """`experts`: with `gate_up_proj` `[n, 2 · width, hidden]` and `down_proj` `[n, hidden, width]`; `names` of gate, up and down."""
         super().__init__()
         gate_up, down = experts.gate_up_proj, experts.down_proj
@@ -119,7 +121,8 @@ def _is_splittable(module: nn.Module) -> bool:
         from transformers.integrations.moe import _default_apply_gate
     except ImportError:
         return False
-    up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    up: Any = getattr(module, "gate_up_proj", None)
+    down: Any = getattr(module, "down_proj", None)
     plain = isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.dim() == down.dim() == 3
     if not plain or getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
         return False
@@ -364,15 +367,15 @@ class CodecQuantizer(HfQuantizer):
         return True
 
 
-def adopt(model: nn.Module, **options: Any) -> None:
+def adopt(model: Any, **options: Any) -> None:
     """Have a model of Transformers, compressed in memory, saved and loaded as such."""
     if not isinstance(model, PreTrainedModel) or getattr(model, "hf_quantizer", None) is not None:
         return
     quantizer = CodecQuantizer(CodecConfig(**options), pre_quantized=True)
     model.config.quantization_config = quantizer.quantization_config
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = METHOD
+    marks = {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": METHOD}
+    for name, value in marks.items():
+        setattr(model, name, value)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
