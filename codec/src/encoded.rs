@@ -68,6 +68,8 @@ impl Prefer {
         let limit = match self {
             Self::Size => 2048,
             Self::Balanced => 1024,
+            // Few columns: a GPU is done before it has begun, unless many blocks share the work.
+            Self::Speed if n_cols <= 2048 => 256,
             Self::Speed => 512,
         };
         (n_cols.div_ceil(n_cols.div_ceil(limit)).next_multiple_of(32)) as u32

@@ -191,15 +191,20 @@ struct Reader {
         source += CHUNK, fetched += CHUNK, limit += CHUNK;
     }
 
-    __device__ __forceinline__ void begin(const Matrix& m, u32 block, u32 ring_, u32 lane) {
+    // Asks for a block's first bytes.
+    __device__ __forceinline__ void open(const Matrix& m, u32 block, u32 ring_, u32 lane) {
         const u32 first = m.offsets[block];
         bytes = (m.offsets[block + 1] - first) * 16;
         source = m.stream + (u64)first * 16 + lane * 16;
         fetched = lane * 16;
         ring = limit = ring_;
+        for (int i = 0; i < 4; i++) fetch(lane), commit_copies();
+    }
+
+    // The lanes' states, once they are there.
+    __device__ __forceinline__ void begin(const Matrix& m, u32 lane) {
         to_top = 32 - m.table_bits, state_mask = ~0u << to_top, refill_at = 1u << to_top;
         lanes_below = (1u << lane) - 1;
-        for (int i = 0; i < 4; i++) fetch(lane), commit_copies();
         wait_copies<3>();
         __syncwarp();
         x = shared_u16(ring + 2 * lane) << 16;
@@ -241,13 +246,18 @@ struct Reader {
     }
 };
 
-// Brings a block's first bytes as near as the L2 cache.
+// Brings a block's first raw bits as near as the L2 cache.
+__device__ __forceinline__ void prefetch_raw(const Matrix& m, u32 i, u32 j, u32 lane) {
+    const u32 k = m.raw_bits, unit = i * m.n_units + j * (m.block_cols / 32);
+    if (lane < k) asm volatile("prefetch.global.L2 [%0];" ::"l"(m.raw + ((u64)unit * k + lane) * 32));
+}
+
+// The same for all that a block begins with.
 __device__ __forceinline__ void prefetch_block(const Matrix& m, u32 i, u32 j, u32 lane) {
     const u32* offset = m.offsets + i * m.n_col_blocks + j;
     const u8* stream = m.stream + (u64)offset[0] * 16 + lane * 64;
     if (lane * 4 < offset[1] - offset[0]) asm volatile("prefetch.global.L2 [%0];" ::"l"(stream));
-    const u32 k = m.raw_bits, unit = i * m.n_units + j * (m.block_cols / 32);
-    if (lane < k) asm volatile("prefetch.global.L2 [%0];" ::"l"(m.raw + ((u64)unit * k + lane) * 32));
+    prefetch_raw(m, i, j, lane);
 }
 
 // Copies the table to the start of shared memory.
@@ -256,12 +266,11 @@ __device__ __forceinline__ void load_table(const Matrix& m, uint2* table) {
     for (u32 i = threadIdx.x; i < 1u << m.table_bits; i += blockDim.x) table[i] = m.table[i];
 }
 
-// Decodes block (i, j) and calls sink.quad(unit, q, quad) for all its quads (those of a last, partial unit included), and
+// Decodes block (i, j), which `reader` has opened, and calls sink.quad(unit, q, quad) for all its quads (those of a last, partial unit included), and
 // sink.end_unit(unit) after each unit of 32 columns.
 template <int FORMAT, class C, class Sink>
-__device__ __forceinline__ void decode_block(const Matrix& m, u32 table, u32 ring, u32 lane, u32 i, u32 j, Sink& sink) {
-    Reader reader;
-    reader.begin(m, i * m.n_col_blocks + j, ring, lane);
+__device__ __forceinline__ void decode_block(const Matrix& m, Reader& reader, u32 table, u32 lane, u32 i, u32 j, Sink& sink) {
+    reader.begin(m, lane);
     const u32 first_unit = j * (m.block_cols / 32);
     const u32 units = min(m.block_cols / 32, m.n_units - first_unit);
     const u32 k = C::FIXED ? (u32)C::K : m.raw_bits;

@@ -17,6 +17,8 @@ struct Task {
     u32 first_cta, n_ctas;
     u32 strip;          // blocks of a row that a warp takes at once
     u32 n_strips;
+    u32 codec;          // G and K, or 0 for any: see with_codec
+    u32 adds;           // the product is added to what `out` holds
 };
 struct Launch {
     Task tasks[MAX_TASKS];
@@ -24,6 +26,9 @@ struct Launch {
     const void* x;        // one token: f32 [n_cols]; more: from prepare_*
     const double* units;  // [token], int8: what one of a fixed-point activation is worth
     const u32* tokens;    // gather: [n_tokens], the rows
+    const float* norm;    // one token: [n_cols], the weight of an RMS norm that x goes through; may be null
+    float eps;
+    u32 gated;            // there are two products of as many rows; the first one's output is silu(first) * second
 };
 
 template <int FORMAT>
@@ -139,7 +144,26 @@ struct Patches {
     }
 };
 
-// Each of a token's activations as 16-bit fixed point, 255 · high + low, as codec/src/product.rs defines it: all threads of the block together
+// A value as 16-bit fixed point, 255 · high + low, as codec/src/product.rs defines it.
+struct Fixed {
+    i32 high, low;
+    __device__ __forceinline__ Fixed(float v, float ratio) {
+        const i32 fixed = (i32)rintf(__fmul_rn(v, ratio));
+        high = (i32)rintf(__fmul_rn((float)fixed, 1.0f / 255.0f));
+        low = fixed - 255 * high;
+    }
+};
+
+// By how much activations of which the largest is `most` are multiplied; 0: they are taken as zeros.
+__device__ __forceinline__ float fixed_ratio(float most, bool finite) {
+    const float ratio = most > 0 ? __fdiv_rn(32512.0f, most) : 0;
+    return finite && ratio > 0 && ratio < __int_as_float(0x7f800000) ? ratio : 0;
+}
+__device__ __forceinline__ double fixed_unit(float ratio, bool finite) {
+    return !finite ? __longlong_as_double(0x7ff8000000000000) : ratio > 0 ? 1.0 / (double)ratio : 0.0;
+}
+
+// Each of a token's activations as 16-bit fixed point: all threads of the block together
 // call put(column, high, low) for all columns up to a multiple of 32. `x` null stands for zeros. Returns what one is worth.
 template <class Put>
 __device__ __forceinline__ double to_fixed(const float* x, u32 n_cols, Put put) {
@@ -161,17 +185,76 @@ __device__ __forceinline__ double to_fixed(const float* x, u32 n_cols, Put put) 
     __syncthreads();
     most = 0;
     for (u32 w = 0; w < blockDim.x / 32; w++) most = fmaxf(most, warp_max[w]);
-    const float ratio = most > 0 ? __fdiv_rn(32512.0f, most) : 0;
-    const bool usable = all_finite && ratio > 0 && ratio < __int_as_float(0x7f800000);
+    const float ratio = fixed_ratio(most, all_finite);
 #pragma unroll 4
     for (u32 c = threadIdx.x; c < (n_cols + 31) / 32 * 32; c += blockDim.x) {
-        const float v = x && usable && c < n_cols ? x[c] : 0;
-        const i32 fixed = (i32)rintf(__fmul_rn(v, usable ? ratio : 0));
-        const i32 high = (i32)rintf(__fmul_rn((float)fixed, 1.0f / 255.0f));
-        put(c, high, fixed - 255 * high);
+        const Fixed fixed(x && c < n_cols ? x[c] : 0, ratio);
+        put(c, fixed.high, fixed.low);
     }
-    return !all_finite ? __longlong_as_double(0x7ff8000000000000) : usable ? 1.0 / (double)ratio : 0.0;
+    return fixed_unit(ratio, all_finite);
 }
+
+// One token's activations, read by all threads of the block together, times the norm's weight. `held` are those of the first
+// columns, so that they need not be read again.
+struct Input {
+    static constexpr u32 HELD = 2;
+    const float* x;
+    const float* norm;
+    u32 n_cols, n_quads;  // n_quads: up to a multiple of 32 columns
+    float4 held[HELD];
+    float squares = 0, most = 0;
+    bool finite = true;
+
+    __device__ __forceinline__ float4 quad(const float* from, u32 i) const {
+        if (n_cols % 4 == 0) return 4 * i < n_cols ? ((const float4*)from)[i] : float4{};
+        auto at = [&](u32 c) { return c < n_cols ? from[c] : 0.0f; };
+        return {at(4 * i), at(4 * i + 1), at(4 * i + 2), at(4 * i + 3)};
+    }
+    // Columns 4i to 4i + 3, and whether their squares were counted before.
+    __device__ __forceinline__ float4 load(u32 i, bool counts) {
+        float4 v = quad(x, i);
+        if (counts) squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        if (norm) {
+            const float4 w = quad(norm, i);
+            v.x *= w.x, v.y *= w.y, v.z *= w.z, v.w *= w.w;
+        }
+        if (!counts) return v;
+        const float a = fmaxf(fabsf(v.x), fabsf(v.y)), b = fmaxf(fabsf(v.z), fabsf(v.w));
+        most = fmaxf(most, fmaxf(a, b));
+        const float inf = __int_as_float(0x7f800000);
+        finite = finite && fabsf(v.x) < inf && fabsf(v.y) < inf && fabsf(v.z) < inf && fabsf(v.w) < inf;
+        return v;
+    }
+    // Reads all; afterwards `squares`, `most` and `finite` are the block's.
+    __device__ __forceinline__ Input(const Launch& launch, u32 n_cols) : x((const float*)launch.x), norm(launch.norm), n_cols(n_cols) {
+        __shared__ float partial[2][32];
+        n_quads = (n_cols + 31) / 32 * 8;
+#pragma unroll
+        for (u32 h = 0; h < HELD; h++) {
+            const u32 i = threadIdx.x + h * blockDim.x;
+            held[h] = i < n_quads ? load(i, true) : float4{};
+        }
+        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) load(i, true);
+        const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        squares = warp_sum(squares), most = warp_max(most);
+        if (lane == 0) partial[0][warp] = squares, partial[1][warp] = most;
+        finite = __syncthreads_and(finite);
+        squares = warp_sum(lane < blockDim.x / 32 ? partial[0][lane] : 0);
+        most = warp_max(lane < blockDim.x / 32 ? partial[1][lane] : 0);
+    }
+    // What the norm multiplies by.
+    __device__ __forceinline__ float factor(float eps) const { return norm ? rsqrtf(squares / n_cols + eps) : 1; }
+    // Calls put(i, columns 4i to 4i + 3) for all quads, each in one thread.
+    template <class Put>
+    __device__ __forceinline__ void for_each(Put put) {
+#pragma unroll
+        for (u32 h = 0; h < HELD; h++) {
+            const u32 i = threadIdx.x + h * blockDim.x;
+            if (i < n_quads) put(i, held[h]);
+        }
+        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) put(i, load(i, false));
+    }
+};
 
 // ---------------------------------------------------------------- sinks
 
@@ -189,7 +272,7 @@ struct DenseSink {
 
     __device__ __forceinline__ DenseSink(const Launch&, const Task& task, u32 scratch, u32 lane)
         : m(task.matrix), out((u8*)task.out), tile{scratch}, lane(lane) {}
-    __device__ __forceinline__ void prepare(u8*) {}
+    __device__ __forceinline__ void prepare(const Launch&, u8*) {}
     __device__ __forceinline__ void begin_strip(u32 i_) { i = i_, scale = VALUES && i * 32 + lane < m.n_rows ? scale_of<FORMAT>(m, i * 32 + lane) : 0; }
     __device__ __forceinline__ void begin_block(u32 j) {
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
@@ -280,38 +363,55 @@ struct GatherSink {
 __device__ __forceinline__ void add(i64& sum, u64 partial) { sum += (i64)partial; }
 __device__ __forceinline__ void add(double& sum, u64 partial) { sum += __longlong_as_double((i64)partial); }
 
+// Row `i * 32 + lane` of the product for TOKENS tokens from `first` on: its strips, added up in their order, times the scale, and the bias.
+template <int FORMAT, int TOKENS>
+__device__ __forceinline__ void add_up(const Task& task, const Launch& launch, double unit, u32 i, u32 lane, u32 first, float (&y)[TOKENS]) {
+    const u32 row = i * 32 + lane, n_tokens = launch.n_tokens;
+    const bool exists = row < task.matrix.n_rows;
+    const float scale = exists ? scale_of<FORMAT>(task.matrix, row) : 0, bias = task.bias && exists ? task.bias[row] : 0;
+    typename std::conditional<FORMAT == INT8, i64, double>::type sums[TOKENS] = {};
+    const u64* from = task.partials + ((u64)i * task.n_strips * n_tokens + first) * 32 + lane;
+#pragma unroll (8 / TOKENS)
+    for (u32 s = 0; s < task.n_strips; s++, from += n_tokens * 32) {
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            if (TOKENS == 1 || first + t < n_tokens) add(sums[t], __ldcg(from + t * 32));
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+        const double factor = (double)scale * (FORMAT == INT8 && TOKENS > 1 && first + t < n_tokens ? launch.units[first + t] : unit);
+        y[t] = (float)((double)sums[t] * factor);
+        if (task.bias) y[t] += bias;
+    }
+}
+
 // Adds up the strips of a row block, once the last of them is there, always in the same order. Takes TOKENS at a time.
-// `unit(token)` is what one of an int8 product's activations is worth.
-template <int FORMAT, int TOKENS, class Unit>
-__device__ __forceinline__ void finish_rows(const Task& task, const Launch& launch, Unit unit, u32 i, u32 lane) {
+// `unit` is what one token's sums are worth, the scale aside. Not inline, for the registers of the loops around it.
+template <int FORMAT, int TOKENS>
+__device__ __noinline__ void finish_rows(const Task& own, const Launch& launch, double unit, u32 i, u32 lane) {
     // Release and acquire rather than __threadfence, which would throw the first-level cache away with every strip.
     __syncwarp();
     u32 before = 0;
-    if (lane == 0) asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(task.arrived + i) : "memory");
-    if (__shfl_sync(FULL, before, 0) != task.n_strips - 1) return;
+    if (lane == 0) asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(own.arrived + i) : "memory");
+    const Task& task = launch.gated ? launch.tasks[0] : own;
+    const Task& second = launch.tasks[1];
+    const u32 n_strips = task.n_strips + (launch.gated ? second.n_strips : 0);
+    if (__shfl_sync(FULL, before, 0) != n_strips - 1) return;
     if (lane == 0) task.arrived[i] = 0;
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
     const u32 row = i * 32 + lane, n_rows = task.matrix.n_rows, n_tokens = launch.n_tokens;
-    const float scale = row < n_rows ? scale_of<FORMAT>(task.matrix, row) : 0;
-    const float bias = task.bias && row < n_rows ? task.bias[row] : 0;
     for (u32 first = 0; first < n_tokens; first += TOKENS) {
-        typename std::conditional<FORMAT == INT8, i64, double>::type sums[TOKENS] = {};
-        const u64* from = task.partials + ((u64)i * task.n_strips * n_tokens + first) * 32 + lane;
-#pragma unroll (8 / TOKENS)
-        for (u32 s = 0; s < task.n_strips; s++, from += n_tokens * 32) {
-#pragma unroll
-            for (int t = 0; t < TOKENS; t++) {
-                if (TOKENS == 1 || first + t < n_tokens) add(sums[t], __ldcg(from + t * 32));
-            }
-        }
+        float y[TOKENS], up[TOKENS];
+        add_up<FORMAT, TOKENS>(task, launch, unit, i, lane, first, y);
+        if (launch.gated) add_up<FORMAT, TOKENS>(second, launch, unit, i, lane, first, up);
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
             const u32 token = first + t;
             if (row >= n_rows || token >= n_tokens) continue;
-            float y;
-            if (FORMAT == INT8) y = (float)((double)sums[t] * ((double)scale * unit(token)));
-            else y = (float)sums[t] * scale;
-            ((float*)task.out)[(u64)token * n_rows + row] = task.bias ? y + bias : y;
+            float* out = (float*)task.out + (u64)token * n_rows + row;
+            if (launch.gated) y[t] *= up[t] / (1 + expf(-y[t]));
+            *out = task.adds ? *out + y[t] : y[t];
         }
     }
 }
@@ -321,41 +421,47 @@ template <int FORMAT>
 struct DotSink {
     static constexpr int TILE_BYTES = FORMAT == INT8 ? 256 : 0;
     const Matrix& m;
-    const float* x;
-    const signed char* fixed;  // int8, shared: of four columns each, high 4, low 4
-    double unit;
+    const u8* x;  // shared, the columns four by four. int8: high 4, low 4; others: f32. Behind them, what a sum is worth (double)
     Patches patches;
     u32 scratch, lane, i, first_col, n_cols;
     i32 high = 0, low = 0;
     float sums[4] = {};
-    const uint4* x_next;  // int8: the unit's activations
+    const uint4* x_next;  // the unit's
     uint4 xs[4];
-    const float4* x_unit;  // the others: the same, in global memory
-    bool whole;            // the unit's columns are all the matrix's
+    bool whole;  // the unit's columns are all the matrix's
 
-    __device__ __forceinline__ DotSink(const Launch& launch, const Task& task, u32 scratch, u32 lane)
-        : m(task.matrix), x((const float*)launch.x), scratch(scratch), lane(lane) {}
+    __device__ __forceinline__ DotSink(const Launch&, const Task& task, u32 scratch, u32 lane)
+        : m(task.matrix), scratch(scratch), lane(lane) {}
     // `shared` has room for the activations. All threads call it.
-    __device__ __forceinline__ void prepare(u8* shared) {
-        if constexpr (FORMAT == INT8) {
-            fixed = (const signed char*)shared;
-            unit = to_fixed(x, m.n_cols, [&](u32 c, i32 high, i32 low) {
-                shared[c / 4 * 8 + c % 4] = (u8)high, shared[c / 4 * 8 + 4 + c % 4] = (u8)low;
-            });
-        }
+    __device__ __forceinline__ void prepare(const Launch& launch, u8* shared) {
+        x = shared;
+        Input input(launch, m.n_cols);
+        const float ratio = fixed_ratio(input.most, input.finite);
+        input.for_each([&](u32 i, float4 v) {
+            if constexpr (FORMAT == INT8) {
+                const Fixed a(v.x, ratio), b(v.y, ratio), c(v.z, ratio), d(v.w, ratio);
+                auto pack = [](i32 a, i32 b, i32 c, i32 d) { return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410); };
+                ((uint2*)shared)[i] = {pack(a.high, b.high, c.high, d.high), pack(a.low, b.low, c.low, d.low)};
+            } else {
+                ((float4*)shared)[i] = v;
+            }
+        });
+        double unit = input.factor(launch.eps);
+        if (FORMAT == INT8) unit *= fixed_unit(ratio, input.finite);
+        *(double*)unit_at() = unit;
     }
+    __device__ __forceinline__ const u8* unit_at() const { return x + (m.n_cols + 31) / 32 * (FORMAT == INT8 ? 64 : 128); }
     __device__ __forceinline__ void begin_strip(u32 i_) {
         i = i_, high = low = 0;
         for (int c = 0; c < 4; c++) sums[c] = 0;
     }
     __device__ __forceinline__ void begin_block(u32 j) {
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
-        if (FORMAT == INT8) x_next = (const uint4*)fixed + first_col / 8;
+        x_next = (const uint4*)x + first_col / (FORMAT == INT8 ? 8 : 4);
         patches.begin(m, i * m.n_col_blocks + j);
     }
     __device__ __forceinline__ void begin_unit(u32 u) {
         whole = (u + 1) * 32 <= n_cols;
-        x_unit = (const float4*)(x + first_col + u * 32);
         if constexpr (FORMAT == INT8) {
 #pragma unroll
             for (int c = 0; c < 4; c++) xs[c] = x_next[c];
@@ -368,15 +474,8 @@ struct DotSink {
             high = __dp4a((i32)quad.a, (i32)(q & 1 ? v.z : v.x), high);
             low = __dp4a((i32)quad.a, (i32)(q & 1 ? v.w : v.y), low);
         } else {
-            float4 v;
-            if (whole) {
-                v = __ldg(x_unit + q);
-            } else {
-                const float* from = (const float*)(x_unit + q);
-                const i32 n = (i32)n_cols - (i32)(u * 32 + q * 4);
-                quad = first_columns<FORMAT == BF16 ? 2 : 1>(quad, n);
-                v = {n > 0 ? from[0] : 0, n > 1 ? from[1] : 0, n > 2 ? from[2] : 0, n > 3 ? from[3] : 0};
-            }
+            const float4 v = ((const float4*)x_next)[u * 8 + q];
+            if (!whole) quad = first_columns<FORMAT == BF16 ? 2 : 1>(quad, (i32)n_cols - (i32)(u * 32 + q * 4));
             sums[0] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 0)), v.x, sums[0]);
             sums[1] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 1)), v.y, sums[1]);
             sums[2] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 2)), v.z, sums[2]);
@@ -394,7 +493,7 @@ struct DotSink {
             patches.until(~0u, lane, [&](u32 row, u32 col, u32 code) {
                 const i32 change = (i32)(signed char)code - (i32)(signed char)m.filler;
                 const u32 c = first_col + col;
-                const signed char* v = fixed + c / 4 * 8 + c % 4;
+                const signed char* v = (const signed char*)x + c / 4 * 8 + c % 4;
                 asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(scratch + 8 * row), "r"(change * v[0]) : "memory");
                 asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(scratch + 8 * row + 4), "r"(change * v[4]) : "memory");
             });
@@ -405,7 +504,7 @@ struct DotSink {
             for (; patches.next < patches.end; patches.next++) {
                 const u32 patch = __ldg(patches.list + patches.next);
                 if ((patch >> 16 & 31) != lane) continue;
-                const float v = x[first_col + (patch >> 21)];
+                const float v = ((const float*)x)[first_col + (patch >> 21)];
                 sums[0] = fmaf(value_of<FORMAT>(patch & 0xffff), v, sums[0]);
                 sums[0] = fmaf(-value_of<FORMAT>(m.filler), v, sums[0]);
             }
@@ -415,7 +514,7 @@ struct DotSink {
         u64* to = task.partials + (u64)(i * task.n_strips + strip) * 32 + lane;
         if (FORMAT == INT8) *to = (u64)(255 * (i64)high + low);
         else *to = (u64)__double_as_longlong((double)sums[0] + sums[1] + ((double)sums[2] + sums[3]));
-        finish_rows<FORMAT, 1>(task, launch, [unit = unit](u32) { return unit; }, i, lane);
+        finish_rows<FORMAT, 1>(task, launch, *(const double*)unit_at(), i, lane);
     }
 };
 
@@ -436,7 +535,7 @@ struct MmaSink {
 
     __device__ __forceinline__ MmaSink(const Launch& launch, const Task& task, u32 scratch, u32 lane)
         : m(task.matrix), x((const uint4*)launch.x), tile{scratch}, lane(lane) {}
-    __device__ __forceinline__ void prepare(u8*) {}
+    __device__ __forceinline__ void prepare(const Launch&, u8*) {}
     __device__ __forceinline__ void begin_strip(u32 i_) {
         i = i_;
         Sum* all = &sums[0][0][0][0];
@@ -521,7 +620,7 @@ struct MmaSink {
                 }
             }
         }
-        finish_rows<FORMAT, 8>(task, launch, [&](u32 token) { return launch.units[token]; }, i, lane);
+        finish_rows<FORMAT, 8>(task, launch, 1, i, lane);
     }
 };
 
@@ -540,97 +639,109 @@ __device__ __forceinline__ u32 warp_memory(const Matrix& m, u32 tile_bytes) {
     return (u32)__cvta_generic_to_shared(shared_memory) + (8 << m.table_bits) + threadIdx.x / 32 * (RING_BYTES + tile_bytes);
 }
 
-template <int FORMAT, class C, class Sink>
-__device__ __forceinline__ void go_over_strips(const Launch& launch) {
+// `with` is with_codec or its like.
+template <int FORMAT, class Sink, class With>
+__device__ __forceinline__ void go_over_strips(const Launch& launch, With with) {
     const Task& task = find_task(launch);
     const Matrix& m = task.matrix;
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
     const u32 n_items = (m.n_rows + 31) / 32 * task.n_strips, first = warp * task.n_ctas + blockIdx.x - task.first_cta;
-    start_next();
-    if (first < n_items) prefetch_block(m, first / task.n_strips, first % task.n_strips * task.strip, lane);
-    load_table(m, (uint2*)shared_memory);
     const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, Sink::TILE_BYTES);
+    start_next();
+    // What depends on no other kernel: the first block's bytes, and the table.
+    Reader reader;
+    if (first < n_items) {
+        const u32 i = first / task.n_strips, j = first % task.n_strips * task.strip;
+        reader.open(m, i * m.n_col_blocks + j, ring, lane);
+        prefetch_raw(m, i, j, lane);
+    }
+    load_table(m, (uint2*)shared_memory);
     Sink sink(launch, task, ring + RING_BYTES, lane);
     wait_for_previous();
-    sink.prepare(shared_memory + (8 << m.table_bits) + n_warps * (RING_BYTES + Sink::TILE_BYTES));
+    sink.prepare(launch, shared_memory + (8 << m.table_bits) + n_warps * (RING_BYTES + Sink::TILE_BYTES));
     __syncthreads();
-    for (u32 item = first; item < n_items; item += n_warps * task.n_ctas) {
-        const u32 i = item / task.n_strips, strip = item % task.n_strips;
-        sink.begin_strip(i);
-        const u32 end = min((strip + 1) * task.strip, m.n_col_blocks);
-        for (u32 j = strip * task.strip; j < end; j++) {
-            const u32 next = item + n_warps * task.n_ctas;
-            if (j + 1 < end) prefetch_block(m, i, j + 1, lane);
-            else if (next < n_items) prefetch_block(m, next / task.n_strips, next % task.n_strips * task.strip, lane);
-            sink.begin_block(j);
-            decode_block<FORMAT, C>(m, table, ring, lane, i, j, sink);
-            sink.end_block();
+    with(task.codec, [&](auto codec) {
+        for (u32 item = first; item < n_items;) {
+            u32 i = item / task.n_strips, strip = item % task.n_strips, j = strip * task.strip;
+            const u32 end = min(j + task.strip, m.n_col_blocks);
+            sink.begin_strip(i);
+            for (;;) {
+                // The block after this one.
+                u32 next_i = i, next_j = j + 1;
+                if (next_j == end) {
+                    item += n_warps * task.n_ctas;
+                    next_i = item / task.n_strips, next_j = item % task.n_strips * task.strip;
+                }
+                if (item < n_items) prefetch_block(m, next_i, next_j, lane);
+                sink.begin_block(j);
+                decode_block<FORMAT, decltype(codec)>(m, reader, table, lane, i, j, sink);
+                if (item < n_items) reader.open(m, next_i * m.n_col_blocks + next_j, ring, lane);
+                sink.end_block();
+                if (++j == end) break;
+            }
+            sink.end_strip(task, launch, strip);
         }
-        sink.end_strip(task, launch, strip);
-    }
+    });
 }
 
 // One warp a token and column block; grid (column blocks, tokens).
-template <int FORMAT, class C>
-__device__ __forceinline__ void gather(const Launch& launch) {
+template <int FORMAT, class With>
+__device__ __forceinline__ void gather(const Launch& launch, With with) {
     const Task& task = launch.tasks[0];
     const Matrix& m = task.matrix;
-    start_next();
     load_table(m, (uint2*)shared_memory);
     __syncwarp();
     wait_for_previous();
+    start_next();  // not before: what follows may read what the step began with
     const u32 lane = threadIdx.x % 32, token = launch.tokens[blockIdx.y];
     if (token >= m.n_rows) return;
-    const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, 0);
+    const u32 table = (u32)__cvta_generic_to_shared(shared_memory);
     float* out = (float*)task.out + (u64)blockIdx.y * m.n_cols;
+    Reader reader;
+    reader.open(m, token / 32 * m.n_col_blocks + blockIdx.x, warp_memory(m, 0), lane);
     GatherSink<FORMAT> sink{m, out, {}, lane, token / 32, token % 32, 0, scale_of<FORMAT>(m, token)};
     sink.begin_block(blockIdx.x);
-    decode_block<FORMAT, C>(m, table, ring, lane, token / 32, blockIdx.x, sink);
+    with(task.codec, [&](auto codec) { decode_block<FORMAT, decltype(codec)>(m, reader, table, lane, token / 32, blockIdx.x, sink); });
     sink.end_block();
 }
 
-// Names end in the parameters: parts a symbol and raw bits, or `any`.
-#define KERNELS(FORMAT, name, G, K, suffix)                                                                             \
-    extern "C" __global__ void __launch_bounds__(1024, 1) decode_codes_##name##suffix(const __grid_constant__ Launch l) { \
-        go_over_strips<FORMAT, Codec<FORMAT, G, K>, DenseSink<FORMAT, false>>(l);                                       \
-    }                                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(1024, 1) decode_values_##name##suffix(const __grid_constant__ Launch l) { \
-        go_over_strips<FORMAT, Codec<FORMAT, G, K>, DenseSink<FORMAT, true>>(l);                                        \
-    }                                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(32) gather_rows_##name##suffix(const __grid_constant__ Launch l) {     \
-        gather<FORMAT, Codec<FORMAT, G, K>>(l);                                                                         \
-    }                                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(1024, 1) product_1_##name##suffix(const __grid_constant__ Launch l) {  \
-        go_over_strips<FORMAT, Codec<FORMAT, G, K>, DotSink<FORMAT>>(l);                                                \
-    }                                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(512, 1) product_8_##name##suffix(const __grid_constant__ Launch l) {   \
-        go_over_strips<FORMAT, Codec<FORMAT, G, K>, MmaSink<FORMAT, 1>>(l);                                             \
-    }                                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(512, 1) product_16_##name##suffix(const __grid_constant__ Launch l) {  \
-        go_over_strips<FORMAT, Codec<FORMAT, G, K>, MmaSink<FORMAT, 2>>(l);                                             \
+// Calls f with the codec that has these parts a symbol and raw bits: what the encoder chooses. Others (0) have kernels of their
+// own, several times slower. engine/src/cuda/encoded.rs has the same list.
+template <int FORMAT, class F>
+__device__ __forceinline__ void with_codec(u32 codec, F f) {
+#define CODEC(G, K) case G << 4 | K: return f(Codec<FORMAT, G, K>());
+    if constexpr (FORMAT == INT8) {
+        switch (codec) {
+            CODEC(4, 1) CODEC(4, 2) CODEC(4, 3) CODEC(4, 4) CODEC(4, 5) CODEC(4, 6)
+            CODEC(8, 3) CODEC(8, 4) CODEC(8, 5) CODEC(8, 6) CODEC(8, 7)
+        }
+    } else if constexpr (FORMAT == FP8) {
+        switch (codec) { CODEC(4, 6) CODEC(2, 3) }
+    } else {
+        switch (codec) { CODEC(4, 9) CODEC(4, 10) CODEC(2, 7) CODEC(2, 8) }
     }
+#undef CODEC
+}
 
-// What the encoder chooses, and a kernel for everything else. engine/src/cuda/encoded.rs has the same list.
-KERNELS(INT8, int8, 4, 1, _g4_k1)
-KERNELS(INT8, int8, 4, 2, _g4_k2)
-KERNELS(INT8, int8, 4, 3, _g4_k3)
-KERNELS(INT8, int8, 4, 4, _g4_k4)
-KERNELS(INT8, int8, 4, 5, _g4_k5)
-KERNELS(INT8, int8, 4, 6, _g4_k6)
-KERNELS(INT8, int8, 8, 3, _g8_k3)
-KERNELS(INT8, int8, 8, 4, _g8_k4)
-KERNELS(INT8, int8, 8, 5, _g8_k5)
-KERNELS(INT8, int8, 8, 6, _g8_k6)
-KERNELS(INT8, int8, 8, 7, _g8_k7)
-KERNELS(INT8, int8, ANY, ANY, _any)
-KERNELS(FP8, fp8, 4, 6, _g4_k6)
-KERNELS(FP8, fp8, 2, 3, _g2_k3)
-KERNELS(FP8, fp8, ANY, ANY, _any)
-KERNELS(BF16, bf16, 4, 9, _g4_k9)
-KERNELS(BF16, bf16, 4, 10, _g4_k10)
-KERNELS(BF16, bf16, 2, 7, _g2_k7)
-KERNELS(BF16, bf16, 2, 8, _g2_k8)
-KERNELS(BF16, bf16, ANY, ANY, _any)
+// Each kernel twice: for the codecs of with_codec, and for any.
+#define KERNEL(THREADS, name, FORMAT, ...)                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) name(const __grid_constant__ Launch l) {       \
+        __VA_ARGS__(l, [](u32 codec, auto f) { with_codec<FORMAT>(codec, f); });                            \
+    }                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) name##_any(const __grid_constant__ Launch l) { \
+        __VA_ARGS__(l, [](u32, auto f) { f(Codec<FORMAT, ANY, ANY>()); });                                  \
+    }
+#define KERNELS(FORMAT, name)                                                                    \
+    KERNEL(1024, decode_codes_##name, FORMAT, go_over_strips<FORMAT, DenseSink<FORMAT, false>>)  \
+    KERNEL(1024, decode_values_##name, FORMAT, go_over_strips<FORMAT, DenseSink<FORMAT, true>>)  \
+    KERNEL(32, gather_rows_##name, FORMAT, gather<FORMAT>)                                       \
+    KERNEL(1024, product_1_##name, FORMAT, go_over_strips<FORMAT, DotSink<FORMAT>>)              \
+    KERNEL(512, product_8_##name, FORMAT, go_over_strips<FORMAT, MmaSink<FORMAT, 1>>)            \
+    KERNEL(512, product_16_##name, FORMAT, go_over_strips<FORMAT, MmaSink<FORMAT, 2>>)
+
+KERNELS(INT8, int8)
+KERNELS(FP8, fp8)
+KERNELS(BF16, bf16)
 
 // ---------------------------------------------------------------- activations
 

@@ -209,19 +209,6 @@ extern "C" __global__ void add_bias(const __grid_constant__ AddBias p) {
     for (uint32_t i = threadIdx.x; i < p.n_rows; i += blockDim.x) p.out[size_t(blockIdx.x) * p.n_rows + i] += p.bias[i];
 }
 
-struct Add {
-    float* x;
-    const float* y;
-    uint64_t n;
-};
-
-extern "C" __global__ void add(const __grid_constant__ Add p) {
-    wait_for_previous();
-    start_next();
-    for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < p.n; i += uint64_t(gridDim.x) * blockDim.x)
-        p.x[i] += p.y[i];
-}
-
 struct SiluMul {
     float* gate;
     const float* up;
@@ -251,12 +238,32 @@ struct Heads {
     uint32_t n_heads, n_kv_heads, head_dim, cached_dim, capacity;
 };
 
+// A warp's work on a head: RMS norm, if there is one, and rotation; calls put(i, value) for each element.
+template <class Put>
+__device__ __forceinline__ void rotate(const Heads& p, const float* x, bool is_query, uint32_t position, Put put) {
+    const uint32_t lane = threadIdx.x % 32, half = p.head_dim / 2;
+    const float* norm = is_query ? p.query_norm : p.key_norm;
+    float scale = 1;
+    if (norm) {
+        float sum = 0;
+        for (uint32_t i = lane; i < p.head_dim; i += 32) sum += x[i] * x[i];
+        scale = 1 / sqrtf(warp_sum(sum) / p.head_dim + (is_query ? p.query_eps : p.key_eps));
+    }
+    for (uint32_t i = lane; i < half; i += 32) {
+        const float a = x[i] * (norm ? scale * norm[i] : 1), b = x[half + i] * (norm ? scale * norm[half + i] : 1);
+        float sine, cosine;
+        sincosf(position * p.inverse_frequencies[i], &sine, &cosine);
+        put(i, a * cosine - b * sine);
+        put(half + i, b * cosine + a * sine);
+    }
+}
+
 // A warp normalizes and rotates a head, in place if it is a query's, into the cache if it is a key's; values are only
 // stored. blockIdx.y is the token.
 extern "C" __global__ void place_heads(const __grid_constant__ Heads p) {
     wait_for_previous();
     start_next();
-    const uint32_t lane = threadIdx.x % 32, half = p.head_dim / 2;
+    const uint32_t lane = threadIdx.x % 32;
     const uint32_t head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     const uint32_t position = *p.first_position + blockIdx.y;
     const uint32_t kv_head = head < p.n_heads + p.n_kv_heads ? head - p.n_heads : head - p.n_heads - p.n_kv_heads;
@@ -270,26 +277,10 @@ extern "C" __global__ void place_heads(const __grid_constant__ Heads p) {
     const bool is_query = head < p.n_heads;
     float* q = p.q + (size_t(blockIdx.y) * p.n_heads + head) * p.head_dim;
     const float* x = is_query ? q : p.k + (size_t(blockIdx.y) * p.n_kv_heads + kv_head) * p.head_dim;
-    const float* norm = is_query ? p.query_norm : p.key_norm;
-    float scale = 1;
-    if (norm) {
-        float sum = 0;
-        for (uint32_t i = lane; i < p.head_dim; i += 32) sum += x[i] * x[i];
-        scale = 1 / sqrtf(warp_sum(sum) / p.head_dim + (is_query ? p.query_eps : p.key_eps));
-    }
-    for (uint32_t i = lane; i < half; i += 32) {
-        const float a = x[i] * (norm ? scale * norm[i] : 1), b = x[half + i] * (norm ? scale * norm[half + i] : 1);
-        float sine, cosine;
-        sincosf(position * p.inverse_frequencies[i], &sine, &cosine);
-        const float first = a * cosine - b * sine, second = b * cosine + a * sine;
-        if (is_query) {
-            q[i] = first;
-            q[half + i] = second;
-        } else {
-            p.keys[cached + i] = __float2bfloat16(first);
-            p.keys[cached + half + i] = __float2bfloat16(second);
-        }
-    }
+    rotate(p, x, is_query, position, [&](uint32_t i, float value) {
+        if (is_query) q[i] = value;
+        else p.keys[cached + i] = __float2bfloat16(value);
+    });
 }
 
 struct Attend {
@@ -298,24 +289,20 @@ struct Attend {
     const __nv_bfloat16* keys;    // [n_kv_heads, capacity, cached_dim], zeros past head_dim
     const __nv_bfloat16* values;
     float* out;                   // [n_tokens, n_heads, head_dim]
-    float* partial;               // [n_heads, gridDim.y, cached_dim + 2]: unfinished sums, their largest score and weight
-    uint32_t* done;               // [gridDim.x], zeros
-    uint32_t n_heads, n_kv_heads, head_dim, cached_dim, capacity, window;  // cached_dim: head_dim rounded up to 8; window 0: none
+    uint32_t n_heads, n_kv_heads, head_dim, cached_dim, capacity, window;  // cached_dim: a power of two; window 0: none
 };
 
 constexpr uint32_t ATTEND_THREADS = 128;
 // Query heads of one key head that a block takes, and the positions that it takes at a time, a thread each.
 constexpr uint32_t TILE_HEADS = 8, TILE = ATTEND_THREADS;
 
-// Attention of some query heads that share a key head, over every gridDim.y-th tile of positions, with the running
-// softmax of Milakov and Gimelshein (arXiv 1805.02867). Where several blocks share a token's positions (only with one
-// token), the last to end joins their results. blockIdx: heads, share of the positions, token.
+// Attention of some query heads that share a key head, with the running softmax of Milakov and Gimelshein (arXiv
+// 1805.02867), where place_heads has been. blockIdx: heads, 0, token.
 template <uint32_t HEAD_DIM>
 __device__ __forceinline__ void attend(const Attend& p) {
     const uint32_t head_dim = HEAD_DIM ? HEAD_DIM : p.head_dim, dim = HEAD_DIM ? HEAD_DIM : p.cached_dim, octets = dim / 8;
     __shared__ float weights[TILE][TILE_HEADS];
     __shared__ float largest[TILE_HEADS], rescale[TILE_HEADS], total[TILE_HEADS];
-    __shared__ bool is_last;
     extern __shared__ float room[];  // [TILE_HEADS][dim]: queries, and at the end sums
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     wait_for_previous();
@@ -326,8 +313,7 @@ __device__ __forceinline__ void attend(const Attend& p) {
     const uint32_t head = kv_head * group + first_of_tile, n = min(TILE_HEADS, group - first_of_tile);
     const uint32_t position = *p.first_position + blockIdx.z;
     const uint32_t first = p.window && position + 1 > p.window ? position + 1 - p.window : 0;
-    const uint32_t n_tiles = (position + 1 - first + TILE - 1) / TILE, n_shares = min(n_tiles, gridDim.y);
-    if (blockIdx.y >= n_shares) return;
+    const uint32_t n_tiles = (position + 1 - first + TILE - 1) / TILE;
 
     const __nv_bfloat16* keys = p.keys + size_t(kv_head) * p.capacity * dim;
     const __nv_bfloat16* values = p.values + size_t(kv_head) * p.capacity * dim;
@@ -340,7 +326,7 @@ __device__ __forceinline__ void attend(const Attend& p) {
     // In the second half of a tile's work, a thread has eight columns of every `rows`-th value.
     const uint32_t rows = ATTEND_THREADS / octets, my_row = threadIdx.x / octets, my_octet = threadIdx.x % octets;
     float sums[TILE_HEADS][8] = {};
-    for (uint32_t tile = blockIdx.y; tile < n_tiles; tile += n_shares) {
+    for (uint32_t tile = 0; tile < n_tiles; tile++) {
         const uint32_t start = first + tile * TILE, n_positions = min(TILE, position + 1 - start);
         __syncthreads();
         float score[TILE_HEADS] = {};
@@ -425,22 +411,181 @@ __device__ __forceinline__ void attend(const Attend& p) {
         }
     }
     __syncthreads();
-    // Element `i` of the block's sums, [n][dim], goes to its place if it is one of the output's.
     float* out = p.out + (size_t(blockIdx.z) * p.n_heads + head) * head_dim;
-    auto put = [&](uint32_t i, float value) {
-        if (i % dim < head_dim) out[i / dim * head_dim + i % dim] = value;
-    };
-    if (n_shares == 1) {
-        for (uint32_t i = threadIdx.x; i < n * dim; i += ATTEND_THREADS) put(i, room[i] / total[i / dim]);
+    for (uint32_t i = threadIdx.x; i < n * dim; i += ATTEND_THREADS)
+        if (i % dim < head_dim) out[i / dim * head_dim + i % dim] = room[i] / total[i / dim];
+}
+
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_64(const __grid_constant__ Attend p) { attend<64>(p); }
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_128(const __grid_constant__ Attend p) { attend<128>(p); }
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_any(const __grid_constant__ Attend p) { attend<0>(p); }
+
+struct AttendOne {
+    Heads heads;
+    float* out;      // [n_heads, head_dim]
+    float* partial;  // [n_heads, gridDim.y, cached_dim + 2]: unfinished sums, their largest score and weight
+    uint32_t* done;  // [gridDim.x], zeros
+    uint32_t window;
+};
+
+constexpr uint32_t ONE_THREADS = 256, ONE_WARPS = ONE_THREADS / 32, ONE_TILE = 64;
+
+// The same for one token, which place_heads has not seen: each block rotates its queries, and the one that comes to the
+// token's own position its key. blockIdx: heads, share of the positions. A thread has eight columns of every few positions; those
+// of the first tile are on their way before the activations are known. The last of the blocks that share heads joins their results.
+template <uint32_t DIM>
+__device__ __forceinline__ void attend_one(const AttendOne& p) {
+    constexpr uint32_t OCTETS = DIM / 8, LOADS = ONE_TILE * OCTETS / ONE_THREADS;
+    __shared__ float weights[TILE_HEADS][ONE_TILE];
+    __shared__ float largest[TILE_HEADS], rescale[TILE_HEADS], total[TILE_HEADS];
+    __shared__ __align__(16) __nv_bfloat16 own[2][DIM];  // the token's key and value
+    __shared__ bool is_last;
+    extern __shared__ float room[];  // [ONE_WARPS][TILE_HEADS][DIM]: queries, and at the end each warp's sums
+    const Heads& heads = p.heads;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, head_dim = heads.head_dim;
+    const uint32_t group = heads.n_heads / heads.n_kv_heads, tiles_of_group = (group + TILE_HEADS - 1) / TILE_HEADS;
+    const uint32_t kv_head = blockIdx.x / tiles_of_group, first_of_tile = blockIdx.x % tiles_of_group * TILE_HEADS;
+    const uint32_t head = kv_head * group + first_of_tile, n = min(TILE_HEADS, group - first_of_tile);
+    // The kernels since the step began have seen it begin, and earlier positions are of earlier steps.
+    const uint32_t position = *(volatile const uint32_t*)heads.first_position;
+    const uint32_t first = p.window && position + 1 > p.window ? position + 1 - p.window : 0;
+    const uint32_t n_tiles = (position + 1 - first + ONE_TILE - 1) / ONE_TILE, n_shares = min(n_tiles, gridDim.y);
+    start_next();
+    if (blockIdx.y >= n_shares) {
+        wait_for_previous();
         return;
     }
-    auto share_of = [&](uint32_t h, uint32_t share) {
-        return p.partial + (size_t(head + h) * gridDim.y + share) * (dim + 2);
+
+    const size_t cached = size_t(kv_head) * heads.capacity * DIM;
+    const uint32_t octet = threadIdx.x % OCTETS, row = threadIdx.x / OCTETS;
+    constexpr uint32_t ROWS = ONE_THREADS / OCTETS;  // positions that one load of all threads takes
+    uint4 k[LOADS], v[LOADS];
+    auto load = [&](const __nv_bfloat16* from, uint32_t tile, uint4 (&to)[LOADS]) {
+#pragma unroll
+        for (uint32_t l = 0; l < LOADS; l++) {
+            const uint32_t at = first + tile * ONE_TILE + l * ROWS + row;
+            to[l] = at < position ? reinterpret_cast<const uint4*>(from + cached + size_t(at) * DIM)[octet] : uint4{};
+        }
     };
-    for (uint32_t i = threadIdx.x; i < n * dim; i += ATTEND_THREADS) share_of(i / dim, blockIdx.y)[i % dim] = room[i];
+    load(heads.keys, blockIdx.y, k);
+    load(heads.values, blockIdx.y, v);
+    wait_for_previous();
+
+    const bool has_own = (n_tiles - 1) % n_shares == blockIdx.y;
+    const float root = rsqrtf(head_dim);
+    for (uint32_t i = threadIdx.x; i < TILE_HEADS * DIM; i += ONE_THREADS)
+        if (i / DIM >= n || i % DIM >= head_dim) room[i] = 0;
+    if (threadIdx.x < 2 * DIM && threadIdx.x % DIM >= head_dim) own[threadIdx.x / DIM][threadIdx.x % DIM] = 0;
+    if (threadIdx.x < TILE_HEADS) largest[threadIdx.x] = -INFINITY, total[threadIdx.x] = 0;
+    for (uint32_t job = warp; job < n + (has_own ? 2 : 0); job += ONE_WARPS) {
+        if (job < n) {
+            rotate(heads, heads.q + size_t(head + job) * head_dim, true, position,
+                   [&](uint32_t i, float value) { room[job * DIM + i] = value * root; });
+            continue;
+        }
+        const size_t at = cached + size_t(position) * DIM;
+        auto keep = [&](uint32_t which, uint32_t i, float value) {
+            own[which][i] = __float2bfloat16(value);
+            if (first_of_tile == 0) (which ? heads.values : heads.keys)[at + i] = own[which][i];
+        };
+        if (job == n) {
+            rotate(heads, heads.k + size_t(kv_head) * head_dim, false, position, [&](uint32_t i, float value) { keep(0, i, value); });
+        } else {
+            for (uint32_t i = lane; i < head_dim; i += 32) keep(1, i, heads.v[size_t(kv_head) * head_dim + i]);
+        }
+    }
+    __syncthreads();
+
+    float sums[TILE_HEADS][8] = {};
+    for (uint32_t tile = blockIdx.y; tile < n_tiles; tile += n_shares) {
+        const uint32_t start = first + tile * ONE_TILE;
+#pragma unroll
+        for (uint32_t l = 0; l < LOADS; l++) {
+            const uint32_t in_tile = l * ROWS + row, at = start + in_tile;
+            if (at == position) {
+                k[l] = reinterpret_cast<const uint4*>(own[0])[octet];
+                v[l] = reinterpret_cast<const uint4*>(own[1])[octet];
+            }
+            const float2 k0 = widen(k[l].x), k1 = widen(k[l].y), k2 = widen(k[l].z), k3 = widen(k[l].w);
+#pragma unroll
+            for (uint32_t h = 0; h < TILE_HEADS; h++) {
+                if (h >= n) break;
+                const float4 a = reinterpret_cast<const float4*>(room + h * DIM)[2 * octet];
+                const float4 b = reinterpret_cast<const float4*>(room + h * DIM)[2 * octet + 1];
+                float score = k0.x * a.x + k0.y * a.y + k1.x * a.z + k1.y * a.w;
+                score += k2.x * b.x + k2.y * b.y + k3.x * b.z + k3.y * b.w;
+#pragma unroll
+                for (uint32_t lanes = 1; lanes < OCTETS; lanes *= 2) score += __shfl_xor_sync(~0u, score, lanes);
+                if (octet == 0) weights[h][in_tile] = at <= position ? score : -INFINITY;
+            }
+        }
+        if (tile + n_shares < n_tiles) load(heads.keys, tile + n_shares, k);
+        __syncthreads();
+        if (warp < n) {
+            const float s0 = weights[warp][lane], s1 = weights[warp][lane + 32], before = largest[warp];
+            const float best = fmaxf(warp_max(fmaxf(s0, s1)), before);
+            const float w0 = expf(s0 - best), w1 = expf(s1 - best), sum = warp_sum(w0 + w1);
+            weights[warp][lane] = w0, weights[warp][lane + 32] = w1;
+            __syncwarp();
+            if (lane == 0) {
+                rescale[warp] = expf(before - best);
+                total[warp] = total[warp] * rescale[warp] + sum;
+                largest[warp] = best;
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (uint32_t h = 0; h < TILE_HEADS; h++) {
+            if (h >= n) break;
+            const float factor = rescale[h];
+#pragma unroll
+            for (uint32_t j = 0; j < 8; j++) sums[h][j] *= factor;
+        }
+#pragma unroll
+        for (uint32_t l = 0; l < LOADS; l++) {
+            const float2 v0 = widen(v[l].x), v1 = widen(v[l].y), v2 = widen(v[l].z), v3 = widen(v[l].w);
+            const float value[8] = {v0.x, v0.y, v1.x, v1.y, v2.x, v2.y, v3.x, v3.y};
+#pragma unroll
+            for (uint32_t h = 0; h < TILE_HEADS; h++) {
+                if (h >= n) break;
+                const float weight = weights[h][l * ROWS + row];
+#pragma unroll
+                for (uint32_t j = 0; j < 8; j++) sums[h][j] += weight * value[j];
+            }
+        }
+        if (tile + n_shares < n_tiles) load(heads.values, tile + n_shares, v);
+        __syncthreads();
+    }
+
+    // The threads' sums of one column: within the warp, then the warps'.
+#pragma unroll
+    for (uint32_t h = 0; h < TILE_HEADS; h++) {
+        if (h >= n) break;
+#pragma unroll
+        for (uint32_t j = 0; j < 8; j++) {
+#pragma unroll
+            for (uint32_t lanes = OCTETS; lanes < 32; lanes *= 2) sums[h][j] += __shfl_xor_sync(~0u, sums[h][j], lanes);
+            if (lane < OCTETS) room[(warp * TILE_HEADS + h) * DIM + octet * 8 + j] = sums[h][j];
+        }
+    }
+    __syncthreads();
+    auto share_of = [&](uint32_t h, uint32_t share) {
+        return p.partial + (size_t(head + h) * gridDim.y + share) * (DIM + 2);
+    };
+    auto put = [&](uint32_t i, float value) {
+        if (i % DIM < head_dim) p.out[size_t(head + i / DIM) * head_dim + i % DIM] = value;
+    };
+    for (uint32_t i = threadIdx.x; i < n * DIM; i += ONE_THREADS) {
+        float sum = 0;
+#pragma unroll
+        for (uint32_t w = 0; w < ONE_WARPS; w++) sum += room[w * TILE_HEADS * DIM + i];
+        if (n_shares == 1) put(i, sum / total[i / DIM]);
+        else share_of(i / DIM, blockIdx.y)[i % DIM] = sum;
+    }
+    if (n_shares == 1) return;
     if (threadIdx.x < n) {
-        share_of(threadIdx.x, blockIdx.y)[dim] = largest[threadIdx.x];
-        share_of(threadIdx.x, blockIdx.y)[dim + 1] = total[threadIdx.x];
+        share_of(threadIdx.x, blockIdx.y)[DIM] = largest[threadIdx.x];
+        share_of(threadIdx.x, blockIdx.y)[DIM + 1] = total[threadIdx.x];
     }
     __threadfence();
     __syncthreads();
@@ -449,22 +594,25 @@ __device__ __forceinline__ void attend(const Attend& p) {
     if (!is_last) return;
     __threadfence();
     if (threadIdx.x == 0) p.done[blockIdx.x] = 0;
-    for (uint32_t i = threadIdx.x; i < n * dim; i += ATTEND_THREADS) {
+    for (uint32_t i = threadIdx.x; i < n * DIM; i += ONE_THREADS) {
         float best = -INFINITY, sum = 0, weight = 0;
-        for (uint32_t share = 0; share < n_shares; share++) best = fmaxf(best, __ldcg(share_of(i / dim, share) + dim));
+#pragma unroll 4
+        for (uint32_t share = 0; share < n_shares; share++) best = fmaxf(best, __ldcg(share_of(i / DIM, share) + DIM));
+#pragma unroll 4
         for (uint32_t share = 0; share < n_shares; share++) {
-            const float* from = share_of(i / dim, share);
-            const float factor = expf(__ldcg(from + dim) - best);
-            sum += factor * __ldcg(from + i % dim);
-            weight += factor * __ldcg(from + dim + 1);
+            const float* from = share_of(i / DIM, share);
+            const float factor = expf(__ldcg(from + DIM) - best);
+            sum += factor * __ldcg(from + i % DIM);
+            weight += factor * __ldcg(from + DIM + 1);
         }
         put(i, sum / weight);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_64(const __grid_constant__ Attend p) { attend<64>(p); }
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_128(const __grid_constant__ Attend p) { attend<128>(p); }
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_any(const __grid_constant__ Attend p) { attend<0>(p); }
+extern "C" __global__ void __launch_bounds__(ONE_THREADS) attend_one_32(const __grid_constant__ AttendOne p) { attend_one<32>(p); }
+extern "C" __global__ void __launch_bounds__(ONE_THREADS) attend_one_64(const __grid_constant__ AttendOne p) { attend_one<64>(p); }
+extern "C" __global__ void __launch_bounds__(ONE_THREADS) attend_one_128(const __grid_constant__ AttendOne p) { attend_one<128>(p); }
+extern "C" __global__ void __launch_bounds__(ONE_THREADS) attend_one_256(const __grid_constant__ AttendOne p) { attend_one<256>(p); }
 
 // ---- The choice of a token -------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ fn prefetch_line(lines: &[[u64; 8]], index: usize) {
 #[derive(Clone)]
 pub struct Int8Matrix {
     n_cols: usize,
-    /// [row][`stride`]: code + 128, so that `vpdpbusd` takes it as its unsigned operand; padding is 128.
+    /// `[row][stride]`: code + 128, so that `vpdpbusd` takes it as its unsigned operand; padding is 128.
     codes: Vec<u8>,
     stride: usize,
     scales: Vec<f32>,

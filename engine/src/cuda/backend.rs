@@ -22,8 +22,6 @@ use std::sync::{Mutex, MutexGuard};
 
 /// Weights of a row are padded to a multiple of this, so that rows begin at 16 bytes.
 const ROW_ALIGN: usize = 8;
-/// Heads in the cache are padded to a multiple of this, likewise.
-const HEAD_ALIGN: usize = 8;
 /// Threads of kernels that go over a token's activations.
 const ROW_THREADS: u32 = 256;
 /// Blocks that choose a token.
@@ -46,9 +44,6 @@ struct Scratch {
     max_cols: usize,
     /// Normalized activations, `[PRODUCT_TOKENS, max_cols]`.
     normed: CudaSlice<f32>,
-    /// Products that are to be added to something, `[PRODUCT_TOKENS, max_rows]`.
-    delta: CudaSlice<f32>,
-    max_rows: usize,
     /// A decoded matrix.
     decoded: CudaSlice<bf16>,
 }
@@ -64,8 +59,6 @@ impl CudaBackend {
             operand: encoded.operand(&device, 0)?,
             max_cols: 0,
             normed: device.zeros(0)?,
-            delta: device.zeros(0)?,
-            max_rows: 0,
             // SAFETY: it is empty.
             decoded: unsafe { device.stream().alloc(0) }.map_err(failed("allocating memory"))?,
         });
@@ -85,16 +78,12 @@ impl CudaBackend {
 
 impl Scratch {
     /// Makes room for the products of a matrix.
-    fn grow(&mut self, backend: &CudaBackend, n_rows: usize, n_cols: usize) -> Result<()> {
+    fn grow(&mut self, backend: &CudaBackend, n_cols: usize) -> Result<()> {
         let device = &backend.device;
         if n_cols > self.max_cols {
             self.operand = backend.encoded.operand(device, n_cols)?;
             self.normed = device.zeros(PRODUCT_TOKENS * n_cols)?;
             self.max_cols = n_cols;
-        }
-        if n_rows > self.max_rows {
-            self.delta = device.zeros(PRODUCT_TOKENS * n_rows)?;
-            self.max_rows = n_rows;
         }
         Ok(())
     }
@@ -382,40 +371,40 @@ impl CudaBackend {
         self.encoded.decode(&self.device, &mut [(matrix, decoded)])
     }
 
+    /// What products straight from the compressed blocks read, up to sixteen tokens. One token's norm is part of them.
+    fn encoded_input<'a>(
+        &self,
+        x: &Activations<'a>,
+        normed: &'a mut CudaSlice<f32>,
+    ) -> Result<encoded::Activations<'a>> {
+        let n_tokens = x.n_tokens;
+        if x.norm.is_some() && n_tokens > 1 {
+            self.normalize(x, Some(normed))?;
+            return Ok(encoded::Activations { data: normed, first: 0, n_tokens, norm: None });
+        }
+        let norm = x.norm.map(|norm| (&norm.weight.0, norm.eps));
+        Ok(encoded::Activations { data: &x.buffer.data, first: x.first, n_tokens, norm })
+    }
+
     /// Products of up to sixteen tokens, straight from the compressed blocks.
     fn encoded_products(
         &self,
         x: &Activations<'_>,
         products: Vec<(&EncodedMatrix, &mut Projection<'_, Self>)>,
     ) -> Result<()> {
-        let Scratch { operand, normed, delta, .. } = &mut *self.scratch();
-        let x_data = if x.norm.is_some() || x.first > 0 {
-            self.normalize(x, Some(normed))?;
-            &*normed
-        } else {
-            &x.buffer.data
-        };
-        let mut adding = Vec::new();
-        let mut replacing = Vec::new();
-        for (matrix, product) in products {
-            let bias = product.bias.map(|bias| &bias.0);
-            let out = &mut product.out.data;
-            match product.adds {
-                true => adding.push((matrix, bias, out)),
-                false => replacing.push(encoded::Product { matrix, bias, out }),
-            }
-        }
-        self.encoded.product(&self.device, operand, x_data, x.n_tokens, &mut replacing)?;
-        for (matrix, bias, out) in adding {
-            let products = &mut [encoded::Product { matrix, bias, out: &mut *delta }];
-            self.encoded.product(&self.device, operand, x_data, x.n_tokens, products)?;
-            let n = x.n_tokens * matrix.n_rows();
-            let params = ops::Add { x: address_mut(out), y: address(delta), n: n as u64 };
-            // SAFETY: both have n values.
-            unsafe { self.device.launch(&self.kernels.add, self.elementwise(n), &params)? };
-        }
-        Ok(())
+        let Scratch { operand, normed, .. } = &mut *self.scratch();
+        let x = self.encoded_input(x, normed)?;
+        let mut products: Vec<_> = products.into_iter().map(|(matrix, p)| encoded_product(matrix, p)).collect();
+        self.encoded.product(&self.device, operand, x, &mut products)
     }
+}
+
+fn encoded_product<'a>(
+    matrix: &'a EncodedMatrix,
+    product: &'a mut Projection<'_, CudaBackend>,
+) -> encoded::Product<'a> {
+    let bias = product.bias.map(|bias| &bias.0);
+    encoded::Product { matrix, bias, out: &mut product.out.data, adds: product.adds }
 }
 
 impl Backend for CudaBackend {
@@ -441,7 +430,7 @@ impl Backend for CudaBackend {
             }
             Weight::Encoded(tensor) => {
                 let matrix = EncodedMatrix::new(&self.device, &self.encoded, &tensor)?;
-                self.scratch().grow(self, matrix.n_rows(), matrix.n_cols())?;
+                self.scratch().grow(self, matrix.n_cols())?;
                 return Ok(Matrix(Storage::Encoded(Box::new(matrix))));
             }
         };
@@ -478,9 +467,16 @@ impl Backend for CudaBackend {
 
     fn cache(&self, shape: CacheShape) -> Result<Cache> {
         let CacheShape { capacity, n_heads, n_kv_heads, head_dim } = shape;
-        let cached_dim = head_dim.next_multiple_of(HEAD_ALIGN);
+        let cached_dim = cached_dim(&shape);
+        if !ops::CACHED_DIMS.contains(&cached_dim) {
+            let most = ops::CACHED_DIMS[3];
+            return Err(Error::unsupported(
+                "--device cuda",
+                format!("attention heads have {head_dim} elements; the GPU's kernels take up to {most}"),
+            ));
+        }
         let n_blocks = head_blocks(&shape);
-        let n_shares = capacity.div_ceil(ops::ATTEND_THREADS as usize);
+        let n_shares = capacity.div_ceil(ops::ONE_TILE);
         let n_shares = n_shares.min(2 * self.device.n_multiprocessors() as usize / n_blocks).max(1);
         Ok(Cache {
             shape,
@@ -584,6 +580,17 @@ impl Backend for CudaBackend {
             let [gate, up] = &mut products;
             return self.matvec(&self.kernels.matvec_gated, &x, &[rows(weights[0], gate), rows(weights[1], up)]);
         }
+        if let ([Storage::Encoded(gate_matrix), Storage::Encoded(up_matrix)], 1..=PRODUCT_TOKENS) =
+            (products.each_ref().map(|p| &p.matrix.0), x.n_tokens)
+        {
+            let [gate, up] = &mut products;
+            let Scratch { operand, normed, .. } = &mut *self.scratch();
+            let input = self.encoded_input(&x, normed)?;
+            let pair = &mut [encoded_product(gate_matrix, gate), encoded_product(up_matrix, up)];
+            if self.encoded.gated_product(&self.device, operand, input, pair)? {
+                return Ok(());
+            }
+        }
         self.products(x, &mut products)?;
         let [gate, up] = products;
         let n = batch.n_tokens * gate.matrix.n_rows();
@@ -594,7 +601,7 @@ impl Backend for CudaBackend {
 
     fn attend(&self, batch: &Batch, heads: Attention<'_, Self>, cache: &mut Cache, out: &mut Buffer) -> Result<()> {
         let CacheShape { capacity, n_heads, n_kv_heads, head_dim } = cache.shape;
-        let cached_dim = head_dim.next_multiple_of(HEAD_ALIGN);
+        let cached_dim = cached_dim(&cache.shape);
         let n_tokens = batch.n_tokens as u32;
         let norm = |norm: Option<Norm<'_, Self>>| norm.map_or((NONE, 0.0), |n| (address(&n.weight.0), n.eps));
         let (query_norm, query_eps) = norm(heads.head_norms.map(|norms| norms.0));
@@ -620,6 +627,19 @@ impl Backend for CudaBackend {
             cached_dim: cached_dim as u32,
             capacity: capacity as u32,
         };
+        let window = heads.window.map_or(0, |window| window.min(capacity) as u32);
+        let n_blocks = head_blocks(&cache.shape) as u32;
+        let out = address_mut(&mut out.data);
+        if n_tokens == 1 {
+            let (partial, done) = (address_mut(&mut cache.partial), address_mut(&mut cache.done));
+            let params = ops::AttendOne { heads: params, out, partial, done, window };
+            let shared_bytes = ops::one_bytes(cached_dim);
+            let grid = Grid { blocks: (n_blocks, cache.n_shares, 1), threads: ops::ONE_THREADS, shared_bytes };
+            let which = ops::CACHED_DIMS.iter().position(|&dim| dim == cached_dim).unwrap_or(0);
+            // SAFETY: the buffers have a row of heads; the model checked that the cache has its position; what the
+            // blocks share was made for so many of them.
+            return unsafe { self.device.launch(&self.kernels.attend_one[which], grid, &params) };
+        }
         let warps = (n_heads + 2 * n_kv_heads) as u32;
         let grid =
             Grid { blocks: (warps.div_ceil(ROW_THREADS / 32), n_tokens, 1), threads: ROW_THREADS, shared_bytes: 0 };
@@ -631,28 +651,25 @@ impl Backend for CudaBackend {
             q,
             keys,
             values,
-            out: address_mut(&mut out.data),
-            partial: address_mut(&mut cache.partial),
-            done: address_mut(&mut cache.done),
+            out,
             n_heads: n_heads as u32,
             n_kv_heads: n_kv_heads as u32,
             head_dim: head_dim as u32,
             cached_dim: cached_dim as u32,
             capacity: capacity as u32,
-            window: heads.window.map_or(0, |window| window.min(capacity) as u32),
+            window,
         };
         let kernel = match head_dim {
             64 => &self.kernels.attend_64,
             128 => &self.kernels.attend_128,
             _ => &self.kernels.attend_any,
         };
-        let n_shares = if n_tokens == 1 { cache.n_shares } else { 1 };
         let grid = Grid {
-            blocks: (head_blocks(&cache.shape) as u32, n_shares, n_tokens),
+            blocks: (n_blocks, 1, n_tokens),
             threads: ops::ATTEND_THREADS,
             shared_bytes: (4 * ops::TILE_HEADS * cached_dim) as u32,
         };
-        // SAFETY: as above; what the blocks share was made for so many of them, and only a lone token has several.
+        // SAFETY: as above.
         unsafe { self.device.launch(kernel, grid, &params) }
     }
 
@@ -689,6 +706,11 @@ impl Backend for CudaBackend {
         stream.memcpy_dtoh(&buffer.data.slice(..out.len()), out).map_err(failed("copying logits"))?;
         self.device.synchronize()
     }
+}
+
+/// Elements of a head in the cache.
+fn cached_dim(shape: &CacheShape) -> usize {
+    shape.head_dim.next_power_of_two().max(ops::CACHED_DIMS[0])
 }
 
 /// Blocks of attention for each token: each takes up to `TILE_HEADS` query heads of one key head.

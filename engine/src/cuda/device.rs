@@ -161,9 +161,12 @@ impl Device {
         })
     }
 
-    /// Finds a kernel, and lets it take `shared_bytes` of dynamic shared memory where that is more than any may.
+    /// Finds a kernel, has it run beside others (which takes as much shared memory of all: a multiprocessor has to be idle for another
+    /// division between that and its cache), and lets it take `shared_bytes` of dynamic shared memory where that is more than any may.
     pub(super) fn kernel(&self, module: &Arc<CudaModule>, name: &str, shared_bytes: u32) -> Result<CudaFunction> {
         let kernel = module.load_function(name).map_err(failed(name))?;
+        let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        kernel.set_attribute(carveout, 100).map_err(failed(name))?;
         if shared_bytes > 48 << 10 {
             let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             kernel.set_attribute(limit, shared_bytes as i32).map_err(failed(name))?;

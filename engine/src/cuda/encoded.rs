@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use codecllm_codec::block::{BLOCK_ROWS, Params};
 use codecllm_codec::{EncodedTensor, Format, Layout};
 use cudarc::driver::sys::CUdevice_attribute;
-use cudarc::driver::{CudaFunction, CudaModule, CudaSlice, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, DevicePtrMut};
 use std::sync::Arc;
 
 /// Most tokens of a product straight from the compressed blocks.
@@ -21,32 +21,20 @@ const MAX_TASKS: usize = 8;
 /// Bytes of a warp's window on its stream.
 const RING_BYTES: u32 = 2560;
 /// What a decode to rows needs: tiles where warps collect them.
-const DENSE_NEEDS: Needs = Needs { tile_bytes: 4096, block_bytes: 0, warps: 32 };
+const DENSE_NEEDS: Needs = Needs { tile_bytes: 4096, block_bytes: 0, warps: 32, splits: false };
 /// Partial sums that one launch may have: 64 MiB.
 const PARTIALS: usize = 8 << 20;
 /// Row blocks that one launch may have.
 const MAX_ROW_BLOCKS: usize = 1 << 16;
 
-/// Parts a symbol and raw bits that have kernels of their own: what the encoder chooses. The others share one that is
-/// several times slower.
-const INSTANCES: &[(Format, u32, u32)] = &[
-    (Format::Int8, 4, 1),
-    (Format::Int8, 4, 2),
-    (Format::Int8, 4, 3),
-    (Format::Int8, 4, 4),
-    (Format::Int8, 4, 5),
-    (Format::Int8, 4, 6),
-    (Format::Int8, 8, 3),
-    (Format::Int8, 8, 4),
-    (Format::Int8, 8, 5),
-    (Format::Int8, 8, 6),
-    (Format::Int8, 8, 7),
-    (Format::Fp8, 4, 6),
-    (Format::Fp8, 2, 3),
-    (Format::Bf16, 4, 9),
-    (Format::Bf16, 4, 10),
-    (Format::Bf16, 2, 7),
-    (Format::Bf16, 2, 8),
+/// The formats that have kernels.
+const FORMATS: [Format; 3] = [Format::Int8, Format::Fp8, Format::Bf16];
+/// Parts a symbol and raw bits that kernels are made for, by format as in `FORMATS`: what the encoder chooses. The others
+/// share kernels that are several times slower.
+const CODECS: [&[(u32, u32)]; 3] = [
+    &[(4, 1), (4, 2), (4, 3), (4, 4), (4, 5), (4, 6), (8, 3), (8, 4), (8, 5), (8, 6), (8, 7)],
+    &[(4, 6), (2, 3)],
+    &[(4, 9), (4, 10), (2, 7), (2, 8)],
 ];
 
 /// `Matrix` in decode.cuh; pointers are device addresses.
@@ -87,6 +75,8 @@ struct Task {
     n_ctas: u32,
     strip: u32,
     n_strips: u32,
+    codec: u32,
+    adds: u32,
 }
 
 /// `Launch` in encoded.cu.
@@ -99,6 +89,9 @@ struct Launch {
     x: u64,
     units: u64,
     tokens: u64,
+    norm: u64,
+    eps: f32,
+    gated: u32,
 }
 
 /// `Prepare` in encoded.cu.
@@ -119,11 +112,14 @@ struct Needs {
     tile_bytes: u32,
     block_bytes: u32,
     warps: u32,
+    /// Whether half as many warps a block do as well.
+    splits: bool,
 }
 
 /// The kernels, loaded, and the memory that products share.
 pub(super) struct EncodedKernels {
-    module: Arc<CudaModule>,
+    /// By format: the encoder's codecs, then any.
+    instances: Vec<Arc<Instance>>,
     /// Operands of several tokens, for `int8` and for floats.
     prepare_int8: CudaFunction,
     prepare_float: CudaFunction,
@@ -145,15 +141,16 @@ pub(super) struct EncodedMatrix {
     format: Format,
     description: Description,
     bytes: u64,
-    kernels: Instance,
+    kernels: Arc<Instance>,
+    /// What the kernels know its codec by, or 0.
+    codec: u32,
     /// Where its row blocks count the strips that are done; 0 for the memory that all matrices share.
     arrived: u64,
     /// What the description points to; none where that is another's.
     _storage: Option<(CudaSlice<u8>, CudaSlice<u64>)>,
 }
 
-/// The kernels for one format and parameters.
-#[derive(Clone)]
+/// The kernels for one format, and for the encoder's codecs or for any.
 struct Instance {
     #[cfg(test)]
     decode_codes: CudaFunction,
@@ -161,7 +158,30 @@ struct Instance {
     gather_rows: CudaFunction,
     /// For 1, 8 and 16 tokens.
     product: [CudaFunction; 3],
-    name: String,
+}
+
+/// What products read.
+#[derive(Clone, Copy)]
+pub(super) struct Activations<'a> {
+    /// `[first + n_tokens, n_cols]`
+    pub data: &'a CudaSlice<f32>,
+    /// Tokens before the first that counts.
+    pub first: usize,
+    /// 1 to 16.
+    pub n_tokens: usize,
+    /// One token: the weight, `[n_cols]`, and the epsilon of an RMS norm before the products.
+    pub norm: Option<(&'a CudaSlice<f32>, f32)>,
+}
+
+/// One of the products that share an input.
+pub(super) struct Product<'a> {
+    pub matrix: &'a EncodedMatrix,
+    /// `[n_rows]`
+    pub bias: Option<&'a CudaSlice<f32>>,
+    /// `[n_tokens, n_rows]`
+    pub out: &'a mut CudaSlice<f32>,
+    /// Whether the product is added to what `out` holds.
+    pub adds: bool,
 }
 
 /// Where the products of a launch keep what is on its way; device addresses.
@@ -184,14 +204,16 @@ struct Strips {
     n_sums: usize,
 }
 
-/// One of the products that share an input.
-pub(super) struct Product<'a> {
-    pub matrix: &'a EncodedMatrix,
-    /// `[n_rows]`
-    pub bias: Option<&'a CudaSlice<f32>>,
-    /// `[n_tokens, n_rows]`
-    pub out: &'a mut CudaSlice<f32>,
+/// What a launch of products reads, as [`Activations`] describes it; device addresses.
+struct Input {
+    data: u64,
+    n_tokens: usize,
+    norm: u64,
+    eps: f32,
 }
+
+/// A product as its launch sees it: where bias and output lie, and whether it is added.
+type Job<'a> = (&'a EncodedMatrix, u64, u64, bool);
 
 impl EncodedKernels {
     /// Loads the kernels.
@@ -203,14 +225,28 @@ impl EncodedKernels {
     fn with_scratch(device: &Device, n_partials: usize, n_row_blocks: usize) -> Result<Self> {
         let module = device.load(include_bytes!("../../cuda/encoded.fatbin"))?;
         let prepare = |name| device.kernel(&module, name, 0);
+        let mut instances = Vec::new();
         let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared_limit = device.stream().context().attribute(limit).map_err(failed("asking for shared memory"))?;
+        // A little is for what the kernels declare themselves.
+        let shared_limit = shared_limit as u32 - 1024;
+        for format in FORMATS {
+            for which in ["", "_any"] {
+                let kernel = |verb: &str| device.kernel(&module, &format!("{verb}_{format}{which}"), shared_limit);
+                instances.push(Arc::new(Instance {
+                    #[cfg(test)]
+                    decode_codes: kernel("decode_codes")?,
+                    decode_values: kernel("decode_values")?,
+                    gather_rows: kernel("gather_rows")?,
+                    product: [kernel("product_1")?, kernel("product_8")?, kernel("product_16")?],
+                }));
+            }
+        }
         Ok(Self {
+            instances,
             prepare_int8: prepare("prepare_int8_mma")?,
             prepare_float: prepare("prepare_float_mma")?,
-            module,
-            // A little is for what the kernels declare themselves.
-            shared_limit: shared_limit as u32 - 1024,
+            shared_limit,
             n_multiprocessors: device.n_multiprocessors(),
             partials: device.zeros(n_partials)?,
             arrived: device.zeros(n_row_blocks)?,
@@ -223,18 +259,6 @@ impl EncodedKernels {
         let data = device.zeros(max_cols.next_multiple_of(32) * 4 * PRODUCT_TOKENS)?;
         Ok(OperandBuffer { data, max_cols })
     }
-
-    fn instance(&self, device: &Device, name: String) -> Result<Instance> {
-        let kernel = |verb: &str| device.kernel(&self.module, &format!("{verb}_{name}"), self.shared_limit);
-        Ok(Instance {
-            #[cfg(test)]
-            decode_codes: kernel("decode_codes")?,
-            decode_values: kernel("decode_values")?,
-            gather_rows: kernel("gather_rows")?,
-            product: [kernel("product_1")?, kernel("product_8")?, kernel("product_16")?],
-            name,
-        })
-    }
 }
 
 /// The format whose kernels read a tensor: codes of `rate` are those of `int8`.
@@ -242,8 +266,13 @@ fn kernel_format(tensor: &Layout) -> Format {
     if tensor.format().is_integer() { Format::Int8 } else { tensor.format() }
 }
 
-/// Whether kernels of their own read these parameters.
-fn has_instance(format: Format, params: &Params) -> bool {
+/// A format's place in `FORMATS`.
+fn format_index(format: Format) -> usize {
+    FORMATS.iter().position(|&f| f == format).unwrap_or(0)
+}
+
+/// Whether there are kernels for these parameters.
+fn is_fast(format: Format, params: &Params) -> bool {
     let (g, k) = (params.parts_per_symbol, params.raw_bits);
     // bf16: the bias has no bit below the parts, nor, where an entry holds only high bytes, below those.
     let clear_bits = match (format, g) {
@@ -251,7 +280,7 @@ fn has_instance(format: Format, params: &Params) -> bool {
         (Format::Bf16, _) => k.saturating_sub(1),
         _ => 0,
     };
-    INSTANCES.contains(&(format, g, k)) && params.bias & ((1 << clear_bits) - 1) == 0
+    CODECS[format_index(format)].contains(&(g, k)) && params.bias & ((1 << clear_bits) - 1) == 0
 }
 
 /// The table as the kernels look it up, by slot. Low half: what the shifted state changes by, from the top bit down, and
@@ -260,7 +289,7 @@ fn has_instance(format: Format, params: &Params) -> bool {
 fn table_entries(tensor: &Layout, params: &Params) -> Vec<u64> {
     let &Params { parts_per_symbol: g, table_bits, raw_bits: k, part_bits: w, bias, .. } = params;
     let format = kernel_format(tensor);
-    let fixed = has_instance(format, params);
+    let fixed = is_fast(format, params);
     let place = |symbol: u32| -> u32 {
         let part = |i: u32| symbol >> (w * i) & ((1 << w) - 1);
         let low_bits = k.saturating_sub(1);
@@ -318,19 +347,13 @@ impl EncodedMatrix {
         let stream = device.stream();
         let data = stream.clone_htod(&tensor.bytes()[..]).map_err(|e| device.out_of_memory(e, tensor.bytes().len()))?;
         let table = stream.clone_htod(&entries).map_err(|e| device.out_of_memory(e, 8 * entries.len()))?;
-        let (at, table_at) = (data.device_ptr(stream).0, table.device_ptr(stream).0);
-        let mut matrix = Self::describe(&layout, at, table_at, |name| kernels.instance(device, name))?;
+        let mut matrix = Self::describe(kernels, &layout, data.device_ptr(stream).0, table.device_ptr(stream).0)?;
         matrix._storage = Some((data, table));
         Ok(matrix)
     }
 
     /// A matrix whose bytes lie at `base` and its table at `table`.
-    fn describe(
-        tensor: &Layout,
-        base: u64,
-        table: u64,
-        kernels: impl FnOnce(String) -> Result<Instance>,
-    ) -> Result<Self> {
+    fn describe(kernels: &EncodedKernels, tensor: &Layout, base: u64, table: u64) -> Result<Self> {
         let params = check_layout(tensor)?;
         let geometry = tensor.geometry();
         let sections = tensor.sections();
@@ -359,12 +382,11 @@ impl EncodedMatrix {
         };
         let (g, k) = (params.parts_per_symbol, params.raw_bits);
         let format = kernel_format(tensor);
-        let name = match has_instance(format, params) {
-            true => format!("{format}_g{g}_k{k}"),
-            false => format!("{format}_any"),
-        };
+        let fast = is_fast(format, params);
+        let kernels = kernels.instances[2 * format_index(format) + usize::from(!fast)].clone();
+        let codec = if fast { g << 4 | k } else { 0 };
         let bytes = (tensor.n_bytes() + (8 << params.table_bits)) as u64;
-        Ok(Self { format, description, bytes, kernels: kernels(name)?, arrived: 0, _storage: None })
+        Ok(Self { format, description, bytes, kernels, codec, arrived: 0, _storage: None })
     }
 
     /// Rows.
@@ -408,9 +430,15 @@ impl EncodedKernels {
         let total: usize = tasks.iter().map(items).sum();
         let table_bytes = tasks.iter().map(|t| 8 << t.matrix.table_bits).max().unwrap_or(0);
         let (once, a_warp) = (table_bytes + needs.block_bytes, RING_BYTES + needs.tile_bytes);
-        let fit = self.shared_limit.saturating_sub(once) / a_warp;
-        // Those that find no block help with the table and the activations.
-        let n_warps = fit.min(needs.warps);
+        let fit = |shared: u32| (shared.saturating_sub(once) / a_warp).min(needs.warps);
+        // Thread blocks that leave half of a multiprocessor free let the next kernel's start in it; and where there is work for more, two of
+        // them do as much as one.
+        let half = needs.warps / 2;
+        let (n_warps, n_ctas) = match fit(self.shared_limit / 2 - 1024) >= half && needs.splits {
+            true if total <= (self.n_multiprocessors * half) as usize => (half, self.n_multiprocessors),
+            true => (half, 2 * self.n_multiprocessors),
+            false => (fit(self.shared_limit), self.n_multiprocessors),
+        };
         if n_warps == 0 {
             return Err(Error::unsupported(
                 "encoded tensor",
@@ -425,7 +453,7 @@ impl EncodedKernels {
         for task in tasks.iter_mut() {
             task.first_cta = first_cta;
             let n_items = items(task);
-            let share = (n_items * self.n_multiprocessors as usize / total).max(1);
+            let share = (n_items * n_ctas as usize / total).max(1);
             task.n_ctas = share.min(n_items) as u32;
             first_cta += task.n_ctas;
         }
@@ -468,8 +496,9 @@ impl EncodedKernels {
         for jobs in groups(jobs, |job| job.0) {
             let mut launch = Launch { n_tasks: jobs.len() as u32, ..Default::default() };
             for (task, (m, _, out)) in launch.tasks.iter_mut().zip(&jobs) {
-                let matrix = m.description;
-                *task = Task { matrix, out: *out, strip: 1, n_strips: matrix.n_col_blocks, ..Default::default() };
+                let (matrix, codec) = (m.description, m.codec);
+                *task =
+                    Task { matrix, out: *out, strip: 1, n_strips: matrix.n_col_blocks, codec, ..Default::default() };
             }
             // SAFETY: the buffers were checked.
             unsafe { self.launch(device, kernel(&jobs[0].0.kernels), launch, DENSE_NEEDS)? };
@@ -505,95 +534,137 @@ impl EncodedKernels {
         out: u64,
     ) -> Result<()> {
         let mut launch = Launch { n_tasks: 1, n_tokens: n_tokens as u32, tokens, ..Default::default() };
-        launch.tasks[0] = Task { matrix: matrix.description, out, ..Default::default() };
+        launch.tasks[0] = Task { matrix: matrix.description, out, codec: matrix.codec, ..Default::default() };
         let shared_bytes = matrix.table_bytes() + RING_BYTES;
         let grid = Grid { blocks: (matrix.description.n_col_blocks, n_tokens as u32, 1), threads: 32, shared_bytes };
         // SAFETY: as in `launch`; the buffers are the caller's promise.
         unsafe { device.launch(&matrix.kernels.gather_rows, grid, &launch) }
     }
 
-    /// `out[t] = matrix · x[t] + bias` for each of the products; x `[n_tokens, n_cols]`, 1 to 16 tokens.
+    /// `out[t] = matrix · x[t] + bias` for each of the products, or that added to `out`.
     ///
-    /// `int8`: exactly the sums of [`codecllm_codec::EncodedTensor::product`]. `bf16` and `fp8`: within
-    /// 2^-16 · Σ |w · x| of the exact sum, where a patched weight counts as its filler, too; and always the same.
+    /// `int8`: exactly the sums of [`codecllm_codec::EncodedTensor::product`], where there is no norm. `bf16` and `fp8`:
+    /// within 2^-16 · Σ |w · x| of the exact sum, where a patched weight counts as its filler, too; and always the same.
     pub fn product(
         &self,
         device: &Device,
         operand: &mut OperandBuffer,
-        x: &CudaSlice<f32>,
-        n_tokens: usize,
+        x: Activations<'_>,
         products: &mut [Product<'_>],
     ) -> Result<()> {
-        let Some(n_cols) = products.first().map(|p| p.matrix.n_cols()) else { return Ok(()) };
-        if n_tokens == 0 || n_tokens > PRODUCT_TOKENS || n_cols > operand.max_cols {
+        self.check_products(operand, &x, products)?;
+        let jobs = jobs(device, products);
+        for jobs in groups(&jobs, |job| job.0) {
+            self.launch_products(device, operand, &x, &jobs, false)?;
+        }
+        Ok(())
+    }
+
+    /// `silu(a) · b`, element by element, where `a` and `b` are the two products, into the first one's output. False, with
+    /// nothing done: these two do not share kernels.
+    pub fn gated_product(
+        &self,
+        device: &Device,
+        operand: &mut OperandBuffer,
+        x: Activations<'_>,
+        products: &mut [Product<'_>; 2],
+    ) -> Result<bool> {
+        self.check_products(operand, &x, products)?;
+        check_len("rows", products[0].matrix.n_rows(), products[1].matrix.n_rows())?;
+        if !Arc::ptr_eq(&products[0].matrix.kernels, &products[1].matrix.kernels) {
+            return Ok(false);
+        }
+        let jobs = jobs(device, products);
+        self.launch_products(device, operand, &x, &jobs, true)?;
+        Ok(true)
+    }
+
+    fn check_products(&self, operand: &OperandBuffer, x: &Activations<'_>, products: &[Product<'_>]) -> Result<()> {
+        let n_cols = products.first().map_or(0, |p| p.matrix.n_cols());
+        if x.n_tokens == 0 || x.n_tokens > PRODUCT_TOKENS || n_cols > operand.max_cols {
             return Err(Error::Parameter(format!(
-                "{n_tokens} tokens of {n_cols} columns: a product takes 1 to {PRODUCT_TOKENS} of up to {}",
-                operand.max_cols
+                "{} tokens of {n_cols} columns: a product takes 1 to {PRODUCT_TOKENS} of up to {}",
+                x.n_tokens, operand.max_cols
             )));
         }
-        check_len("activations", x.len(), n_tokens * n_cols)?;
-        for p in products.iter() {
+        check_len("activations", x.data.len(), (x.first + x.n_tokens) * n_cols)?;
+        check_len("columns of a norm", x.norm.map_or(usize::MAX, |(weight, _)| weight.len()), n_cols)?;
+        assert!(x.norm.is_none() || x.n_tokens == 1, "norms are part of one token's products alone");
+        for p in products {
             check_len("columns", p.matrix.n_cols(), n_cols)?;
-            check_len("products", p.out.len(), n_tokens * p.matrix.n_rows())?;
+            check_len("products", p.out.len(), x.n_tokens * p.matrix.n_rows())?;
             check_len("biases", p.bias.map_or(usize::MAX, CudaSlice::len), p.matrix.n_rows())?;
         }
+        Ok(())
+    }
+
+    /// One launch; the jobs share kernels and were checked.
+    fn launch_products(
+        &self,
+        device: &Device,
+        operand: &mut OperandBuffer,
+        x: &Activations<'_>,
+        jobs: &[Job<'_>],
+        gated: bool,
+    ) -> Result<()> {
         let stream = device.stream();
-        let jobs: Vec<(&EncodedMatrix, u64, u64)> = products
-            .iter_mut()
-            .map(|p| (p.matrix, p.bias.map_or(0, |b| b.device_ptr(stream).0), p.out.device_ptr_mut(stream).0))
-            .collect();
         let scratch = Scratch {
             partials: self.partials.device_ptr(stream).0,
             arrived: self.arrived.device_ptr(stream).0,
             units: self.units.device_ptr(stream).0,
             operand: operand.data.device_ptr_mut(stream).0,
         };
+        let data = x.data.device_ptr(stream).0 + (4 * x.first * jobs[0].0.n_cols()) as u64;
+        let (norm, eps) = x.norm.map_or((0, 0.0), |(weight, eps)| (weight.device_ptr(stream).0, eps));
+        let input = Input { data, n_tokens: x.n_tokens, norm, eps };
         // SAFETY: the buffers were checked; what is shared has room for the largest launch.
-        unsafe { self.product_at(device, &scratch, x.device_ptr(stream).0, n_tokens, &jobs) }
+        unsafe { self.launch_products_at(device, &scratch, &input, jobs, gated) }
     }
 
-    /// The products of 1 to 16 tokens at `x`; `jobs`: matrices of the same width, with where their biases (or 0) and their
-    /// outputs lie.
+    /// One launch; the jobs share kernels.
     ///
     /// # Safety
     /// Activations, biases, outputs and scratch have the room that [`Self::product`] describes and [`Strips`] counts.
-    unsafe fn product_at(
+    unsafe fn launch_products_at(
         &self,
         device: &Device,
         scratch: &Scratch,
-        x: u64,
-        n_tokens: usize,
-        jobs: &[(&EncodedMatrix, u64, u64)],
+        input: &Input,
+        jobs: &[Job<'_>],
+        gated: bool,
     ) -> Result<()> {
-        let Some(n_cols) = jobs.first().map(|job| job.0.n_cols()) else { return Ok(()) };
-        let (plain, prepared, units) = (x, scratch.operand, scratch.units);
+        let &Input { mut data, n_tokens, norm, eps } = input;
+        let n_cols = jobs[0].0.n_cols();
+        let is_int8 = jobs[0].0.format == Format::Int8;
         let (tiles, kernel) = match n_tokens {
             1 => (0, 0),
             2..=8 => (1, 1),
             _ => (2, 2),
         };
-        let mut ready = None;
-        for jobs in groups(jobs, |job| job.0) {
-            let is_int8 = jobs[0].0.format == Format::Int8;
-            if n_tokens > 1 && ready != Some(is_int8) {
-                let prepare = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
-                let grid = Grid { blocks: (8 * tiles, 1, 1), threads: 1024, shared_bytes: 0 };
-                let params =
-                    Prepare { x: plain, out: prepared, units, n_tokens: n_tokens as u32, n_cols: n_cols as u32 };
-                // SAFETY: an operand has room for sixteen tokens of `max_cols` columns.
-                unsafe { device.launch(prepare, grid, &params)? };
-                ready = Some(is_int8);
-            }
-            // One token's activations are made fixed-point in shared memory.
-            let needs = product_needs(n_tokens, is_int8, n_cols);
-            let x = if n_tokens == 1 { plain } else { prepared };
-            let mut launch =
-                Launch { n_tasks: jobs.len() as u32, n_tokens: n_tokens as u32, x, units, ..Default::default() };
-            self.add_tasks(scratch, &mut launch, &jobs, needs.warps)?;
-            // SAFETY: the buffers were checked.
-            unsafe { self.launch(device, &jobs[0].0.kernels.product[kernel], launch, needs)? };
+        let (units, n_tokens) = (scratch.units, n_tokens as u32);
+        if n_tokens > 1 {
+            let prepare = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
+            let grid = Grid { blocks: (8 * tiles, 1, 1), threads: 1024, shared_bytes: 0 };
+            let out = scratch.operand;
+            let params = Prepare { x: data, out, units, n_tokens, n_cols: n_cols as u32 };
+            // SAFETY: an operand has room for sixteen tokens of `n_cols` columns.
+            unsafe { device.launch(prepare, grid, &params)? };
+            data = out;
         }
-        Ok(())
+        let needs = product_needs(n_tokens as usize, is_int8, n_cols);
+        let mut launch = Launch {
+            n_tasks: jobs.len() as u32,
+            n_tokens,
+            x: data,
+            units,
+            norm,
+            eps,
+            gated: gated.into(),
+            ..Default::default()
+        };
+        self.add_tasks(scratch, &mut launch, jobs, needs.warps)?;
+        // SAFETY: the buffers are the caller's promise.
+        unsafe { self.launch(device, &jobs[0].0.kernels.product[kernel], launch, needs) }
     }
 
     /// How the products of one launch are cut into strips. Short strips keep all warps busy, long ones leave fewer sums to add
@@ -625,17 +696,11 @@ impl EncodedKernels {
     }
 
     /// Sets the tasks of products: how many blocks of a row a warp takes, and where its sums go.
-    fn add_tasks(
-        &self,
-        scratch: &Scratch,
-        launch: &mut Launch,
-        jobs: &[(&EncodedMatrix, u64, u64)],
-        most_warps: u32,
-    ) -> Result<()> {
+    fn add_tasks(&self, scratch: &Scratch, launch: &mut Launch, jobs: &[Job<'_>], most_warps: u32) -> Result<()> {
         let n_tokens = launch.n_tokens as usize;
         let Strips { strip, .. } = self.strips(jobs.iter().map(|job| job.0), n_tokens, most_warps)?;
         let (mut n_sums, mut n_row_blocks) = (0, 0);
-        for (task, &(m, bias, out)) in launch.tasks.iter_mut().zip(jobs) {
+        for (task, &(m, bias, out, adds)) in launch.tasks.iter_mut().zip(jobs) {
             let n_strips = m.n_strips(strip);
             *task = Task {
                 matrix: m.description,
@@ -645,10 +710,13 @@ impl EncodedKernels {
                 arrived: if m.arrived != 0 { m.arrived } else { scratch.arrived + 4 * n_row_blocks as u64 },
                 strip: strip as u32,
                 n_strips: n_strips as u32,
+                codec: m.codec,
+                adds: adds.into(),
                 ..Default::default()
             };
             n_sums += m.n_row_blocks() * n_strips * BLOCK_ROWS * n_tokens;
-            n_row_blocks += m.n_row_blocks();
+            // The two of a gated product count together.
+            n_row_blocks += if launch.gated == 0 { m.n_row_blocks() } else { 0 };
         }
         Ok(())
     }
@@ -656,19 +724,28 @@ impl EncodedKernels {
 
 /// What a product of `n_tokens` tokens of `n_cols` columns needs.
 fn product_needs(n_tokens: usize, is_int8: bool, n_cols: usize) -> Needs {
+    // One token's activations are brought into shared memory, those for integers as two bytes; with what a sum is worth.
+    let block_bytes = n_cols.next_multiple_of(32) as u32 * if is_int8 { 2 } else { 4 } + 16;
     match (n_tokens, is_int8) {
-        (1, true) => Needs { tile_bytes: 256, block_bytes: 2 * n_cols.next_multiple_of(32) as u32, warps: 32 },
-        (1, false) => Needs { tile_bytes: 0, block_bytes: 0, warps: 32 },
-        (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: 16 },
-        (_, false) => Needs { tile_bytes: 2048, block_bytes: 0, warps: 16 },
+        (1, _) => Needs { tile_bytes: if is_int8 { 256 } else { 0 }, block_bytes, warps: 32, splits: true },
+        (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: 16, splits: false },
+        (_, false) => Needs { tile_bytes: 2048, block_bytes: 0, warps: 16, splits: false },
     }
+}
+
+fn jobs<'a>(device: &Device, products: &mut [Product<'a>]) -> Vec<Job<'a>> {
+    let stream = device.stream();
+    let places = |p: &mut Product<'a>| {
+        (p.matrix, p.bias.map_or(0, |b| b.device_ptr(stream).0), p.out.device_ptr_mut(stream).0, p.adds)
+    };
+    products.iter_mut().map(places).collect()
 }
 
 /// `jobs` in groups for one launch each: up to eight matrices that share kernels.
 fn groups<'a, T: Copy>(jobs: &[T], matrix: impl Fn(&T) -> &'a EncodedMatrix) -> Vec<Vec<T>> {
     let mut groups: Vec<Vec<T>> = Vec::new();
     for job in jobs {
-        let fits = |g: &&mut Vec<T>| g.len() < MAX_TASKS && matrix(&g[0]).kernels.name == matrix(job).kernels.name;
+        let fits = |g: &&mut Vec<T>| g.len() < MAX_TASKS && Arc::ptr_eq(&matrix(&g[0]).kernels, &matrix(job).kernels);
         match groups.iter_mut().find(fits) {
             Some(group) => group.push(*job),
             None => groups.push(vec![*job]),
@@ -787,6 +864,11 @@ mod tests {
         (8, 14, 7, 1, 2048),
         (8, 10, 0, 1, 256),
         (8, 10, 10, 1, 96),
+        (8, 10, 5, 1, 256),
+        (8, 10, 6, 1, 512),
+        (4, 11, 1, 3, 64),
+        (4, 12, 10, 3, 512),
+        (2, 13, 8, 5, 512),
     ];
 
     fn parse(bytes: Vec<u8>) -> EncodedTensor {
@@ -898,10 +980,10 @@ mod tests {
                     (0..2).map(|_| stream.clone_htod(&vec![f32::NAN; n_tokens * n_rows]).unwrap()).collect();
                 let [plain, biased] = &mut outs[..] else { unreachable!() };
                 let mut products = [
-                    Product { matrix: &matrix, bias: None, out: plain },
-                    Product { matrix: &matrix, bias: Some(&bias_dev), out: biased },
+                    Product { matrix: &matrix, bias: None, out: plain, adds: false },
+                    Product { matrix: &matrix, bias: Some(&bias_dev), out: biased, adds: false },
                 ];
-                kernels.product(&device, &mut operand, &x_dev, n_tokens, &mut products).unwrap();
+                kernels.product(&device, &mut operand, plain_input(&x_dev, n_tokens), &mut products).unwrap();
                 let found: Vec<Vec<f32>> = outs.iter().map(|o| stream.clone_dtoh(o).unwrap()).collect();
                 if t.format().is_integer() {
                     let mut y = vec![0f32; n_rows * n_tokens];
@@ -936,6 +1018,84 @@ mod tests {
         }
     }
 
+    fn plain_input(data: &CudaSlice<f32>, n_tokens: usize) -> Activations<'_> {
+        Activations { data, first: 0, n_tokens, norm: None }
+    }
+
+    #[test]
+    fn norms_gates_and_sums_are_part_of_products() {
+        const EPS: f32 = 1e-5;
+        let Some((device, kernels)) = gpu() else { return };
+        let mut operand = kernels.operand(&device, 4096).unwrap();
+        let stream = device.stream();
+        for (what, t) in tensors() {
+            // Its partner has the same shape and kernels, and other parameters where the encoder chooses them.
+            let partner = tensor_like(&t);
+            let matrices = [&t, &partner].map(|t| EncodedMatrix::new(&device, &kernels, t).unwrap());
+            let (n_rows, n_cols) = (t.n_rows(), t.n_cols());
+            let values = [&t, &partner].map(|t| {
+                let codes = t.decode_codes(Cpu::Scalar).unwrap();
+                let value = |i| f64::from(code_value(t.format(), codes.get(i)) * t.scale(i / n_cols));
+                (0..n_rows * n_cols).map(value).collect::<Vec<f64>>()
+            });
+            for n_tokens in [1, 3] {
+                // The tokens before the last are not asked for.
+                let x = random((n_tokens + 1) * n_cols, 11);
+                let weight = random(n_cols, 12);
+                let (x_dev, weight_dev) = (stream.clone_htod(&x).unwrap(), stream.clone_htod(&weight).unwrap());
+                let norm = (n_tokens == 1).then_some((&weight_dev, EPS));
+                let input = Activations { data: &x_dev, first: 1, n_tokens, norm };
+                let row = |token: usize| {
+                    let x = x[(token + 1) * n_cols..][..n_cols].iter().map(|&v| f64::from(v));
+                    let mean = x.clone().map(|v| v * v).sum::<f64>() / n_cols as f64;
+                    let root = (mean + f64::from(EPS)).sqrt();
+                    let normed = x.clone().zip(&weight).map(|(v, &w)| v / root * f64::from(w));
+                    if norm.is_some() { normed.collect::<Vec<_>>() } else { x.collect() }
+                };
+                // The product, and what it may be off by.
+                let expected = |which: usize, i: usize| {
+                    let weights = &values[which][i % n_rows * n_cols..][..n_cols];
+                    let terms = weights.iter().zip(row(i / n_rows)).map(|(w, x)| w * x);
+                    terms.fold((0.0, 0.0), |(sum, all), v| (sum + v, all + 1e-3 * v.abs()))
+                };
+                let before = random(n_tokens * n_rows, 13);
+                let mut sums = stream.clone_htod(&before).unwrap();
+                let products = &mut [Product { matrix: &matrices[0], bias: None, out: &mut sums, adds: true }];
+                kernels.product(&device, &mut operand, input, products).unwrap();
+                let sums = stream.clone_dtoh(&sums).unwrap();
+                let [mut gated, mut unused] =
+                    [(); 2].map(|()| stream.clone_htod(&vec![f32::NAN; n_tokens * n_rows]).unwrap());
+                let pair = &mut [
+                    Product { matrix: &matrices[0], bias: None, out: &mut gated, adds: false },
+                    Product { matrix: &matrices[1], bias: None, out: &mut unused, adds: false },
+                ];
+                let together = kernels.gated_product(&device, &mut operand, input, pair).unwrap();
+                assert_eq!(together, Arc::ptr_eq(&matrices[0].kernels, &matrices[1].kernels));
+                let gated = stream.clone_dtoh(&gated).unwrap();
+                for i in (0..n_tokens * n_rows).step_by(7) {
+                    let ((a, a_off), (b, b_off)) = (expected(0, i), expected(1, i));
+                    let (found, wanted) = (f64::from(sums[i]), f64::from(before[i]) + a);
+                    assert!((found - wanted).abs() <= a_off + 1e-6, "{what}: sum {i} is {found}, expected {wanted}");
+                    if !together {
+                        continue;
+                    }
+                    let silu = |v: f64| v / (1.0 + (-v).exp());
+                    let (found, wanted) = (f64::from(gated[i]), silu(a) * b);
+                    let off = 1.2 * a_off * b.abs() + silu(a).abs() * b_off + a_off * b_off + 1e-6;
+                    assert!((found - wanted).abs() <= off, "{what}: gated {i} is {found}, expected {wanted} ± {off}");
+                }
+            }
+        }
+    }
+
+    /// Another tensor of the same format and shape.
+    fn tensor_like(t: &EncodedTensor) -> EncodedTensor {
+        let source = tensor(t.n_rows(), t.n_cols(), 99);
+        let options =
+            EncodeOptions { format: t.format(), prefer: Prefer::Speed, step: Some(0.02), ..Default::default() };
+        parse(encode_tensor(&source, &options).unwrap())
+    }
+
     #[test]
     fn a_corrupt_payload_stays_in_bounds() {
         let Some((device, kernels)) = gpu() else { return };
@@ -956,8 +1116,8 @@ mod tests {
             for n_tokens in [1, 3, 16] {
                 let x = stream.clone_htod(&random(n_tokens * t.n_cols(), 1)).unwrap();
                 let mut out = stream.alloc_zeros(n_tokens * t.n_rows()).unwrap();
-                let mut products = [Product { matrix: &matrix, bias: None, out: &mut out }];
-                kernels.product(&device, &mut operand, &x, n_tokens, &mut products).unwrap();
+                let mut products = [Product { matrix: &matrix, bias: None, out: &mut out, adds: false }];
+                kernels.product(&device, &mut operand, plain_input(&x, n_tokens), &mut products).unwrap();
             }
             device.synchronize().unwrap();
         }
@@ -1022,9 +1182,10 @@ mod tests {
                     let mut run = |matrix: &EncodedMatrix| match work {
                         0 => kernels.decode(&device, &mut [(matrix, &mut values)]).unwrap(),
                         100 => kernels.decode_codes(&device, &mut [(matrix, &mut codes)]).unwrap(),
-                        n => kernels
-                            .product(&device, &mut operand, &x, n, &mut [Product { matrix, bias: None, out: &mut out }])
-                            .unwrap(),
+                        n => {
+                            let products = &mut [Product { matrix, bias: None, out: &mut out, adds: false }];
+                            kernels.product(&device, &mut operand, plain_input(&x, n), products).unwrap()
+                        }
                     };
                     run(&matrices[0]);
                     device.synchronize().unwrap();

@@ -18,10 +18,21 @@ pub(super) fn ring_bytes(limit: u32) -> u32 {
     depth * 16 * MATVEC_THREADS
 }
 
-/// Threads of a block of [`Attend`], and positions that a block takes at a time.
+/// Threads of a block of [`Attend`].
 pub(super) const ATTEND_THREADS: u32 = 128;
-/// Query heads that a block of [`Attend`] takes at most.
+/// Threads of a block of [`AttendOne`], their warps, and positions that a block takes at a time.
+pub(super) const ONE_THREADS: u32 = 256;
+const ONE_WARPS: usize = ONE_THREADS as usize / 32;
+pub(super) const ONE_TILE: usize = 64;
+/// Elements of a head in the cache, padded, that [`AttendOne`] is made for.
+pub(super) const CACHED_DIMS: [usize; 4] = [32, 64, 128, 256];
+/// Query heads that a block of either takes at most.
 pub(super) const TILE_HEADS: usize = 8;
+
+/// Bytes of shared memory that a block of [`AttendOne`] takes.
+pub(super) fn one_bytes(cached_dim: usize) -> u32 {
+    (4 * ONE_WARPS * TILE_HEADS * cached_dim) as u32
+}
 
 /// Pointers to nothing stand for what is optional.
 pub(super) const NONE: CUdeviceptr = 0;
@@ -89,14 +100,6 @@ pub(super) struct AddBias {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub(super) struct Add {
-    pub x: CUdeviceptr,
-    pub y: CUdeviceptr,
-    pub n: u64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
 pub(super) struct SiluMul {
     pub gate: CUdeviceptr,
     pub up: CUdeviceptr,
@@ -132,13 +135,21 @@ pub(super) struct Attend {
     pub keys: CUdeviceptr,
     pub values: CUdeviceptr,
     pub out: CUdeviceptr,
-    pub partial: CUdeviceptr,
-    pub done: CUdeviceptr,
     pub n_heads: u32,
     pub n_kv_heads: u32,
     pub head_dim: u32,
     pub cached_dim: u32,
     pub capacity: u32,
+    pub window: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct AttendOne {
+    pub heads: Heads,
+    pub out: CUdeviceptr,
+    pub partial: CUdeviceptr,
+    pub done: CUdeviceptr,
     pub window: u32,
 }
 
@@ -160,12 +171,13 @@ pub(super) struct Kernels {
     pub matvec_dense: CudaFunction,
     pub matvec_gated: CudaFunction,
     pub add_bias: CudaFunction,
-    pub add: CudaFunction,
     pub silu_mul: CudaFunction,
     pub place_heads: CudaFunction,
     pub attend_64: CudaFunction,
     pub attend_128: CudaFunction,
     pub attend_any: CudaFunction,
+    /// As in [`CACHED_DIMS`].
+    pub attend_one: [CudaFunction; 4],
     pub choose: CudaFunction,
 }
 
@@ -173,6 +185,7 @@ impl Kernels {
     pub fn load(device: &Device) -> Result<Self> {
         let module = device.load(MODEL)?;
         let kernel = |name| device.kernel(&module, name, 0);
+        let one = |dim: usize| device.kernel(&module, &format!("attend_one_{dim}"), one_bytes(dim));
         let matvec = |name| device.kernel(&module, name, device.shared_bytes());
         Ok(Self {
             begin_step: kernel("begin_step")?,
@@ -181,12 +194,15 @@ impl Kernels {
             matvec_dense: matvec("matvec_dense")?,
             matvec_gated: matvec("matvec_gated")?,
             add_bias: kernel("add_bias")?,
-            add: kernel("add")?,
             silu_mul: kernel("silu_mul")?,
             place_heads: kernel("place_heads")?,
             attend_64: kernel("attend_64")?,
             attend_128: kernel("attend_128")?,
             attend_any: kernel("attend_any")?,
+            attend_one: {
+                let [a, b, c, d] = CACHED_DIMS.map(one);
+                [a?, b?, c?, d?]
+            },
             choose: kernel("choose")?,
         })
     }

@@ -4,17 +4,14 @@
 //! may be part of that library's graphs, and its allocator knows of every byte.
 
 use super::{
-    BLOCK_ROWS, DENSE_NEEDS, Device, EncodedKernels, EncodedMatrix, Error, Format, Instance, Launch, Layout,
+    BLOCK_ROWS, DENSE_NEEDS, Device, EncodedKernels, EncodedMatrix, Error, Format, Input, Job, Launch, Layout,
     PRODUCT_TOKENS, Result, Scratch, Task, check_layout, groups, product_needs, table_entries,
 };
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
 
 /// A GPU with the kernels loaded, for matrices and streams of another library.
 pub struct External {
     device: Device,
     kernels: EncodedKernels,
-    instances: Mutex<HashMap<String, Instance>>,
 }
 
 /// A matrix in another library's memory; device addresses.
@@ -49,7 +46,7 @@ impl External {
     pub fn open(index: usize) -> Result<Self> {
         let device = Device::open(index)?;
         let kernels = EncodedKernels::with_scratch(&device, 0, 0)?;
-        Ok(Self { device, kernels, instances: Default::default() })
+        Ok(Self { device, kernels })
     }
 
     /// Most tokens of [`Self::product`].
@@ -70,15 +67,7 @@ impl External {
 
     fn matrix(&self, matrix: &ExternalMatrix<'_>) -> Result<EncodedMatrix> {
         let ExternalMatrix { layout, data, tables } = *matrix;
-        let instance = |name: String| {
-            let mut instances = self.instances.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(instance) = instances.get(&name) {
-                return Ok(instance.clone());
-            }
-            let instance = self.kernels.instance(&self.device, name.clone())?;
-            Ok(instances.entry(name).or_insert(instance).clone())
-        };
-        let mut matrix = EncodedMatrix::describe(layout, data, tables, instance)?;
+        let mut matrix = EncodedMatrix::describe(&self.kernels, layout, data, tables)?;
         matrix.arrived = tables + u64::from(matrix.table_bytes());
         Ok(matrix)
     }
@@ -139,12 +128,15 @@ impl External {
             partials: workspace + (UNITS_BYTES + operand_bytes(n_cols)) as u64,
         };
         let scratch = Scratch { partials, arrived: 0, units, operand };
-        let jobs: Vec<_> = matrices.iter().zip(outs).map(|(m, &(bias, out))| (m, bias, out)).collect();
-        // SAFETY: the caller's promises; each matrix has row blocks' counters of its own.
-        unsafe {
-            let device = self.device.on_stream(stream as *mut _);
-            self.kernels.product_at(&device, &scratch, x, n_tokens, &jobs)
+        let input = Input { data: x, n_tokens, norm: 0, eps: 0.0 };
+        let jobs: Vec<Job<'_>> = matrices.iter().zip(outs).map(|(m, &(bias, out))| (m, bias, out, false)).collect();
+        // SAFETY: the caller's promises; each matrix has counters for its row blocks.
+        let device = unsafe { self.device.on_stream(stream as *mut _) };
+        for jobs in groups(&jobs, |job| job.0) {
+            // SAFETY: the same.
+            unsafe { self.kernels.launch_products_at(&device, &scratch, &input, &jobs, false)? };
         }
+        Ok(())
     }
 
     /// Decodes a matrix to BF16 values, row-major, at `out`.
@@ -155,7 +147,8 @@ impl External {
         let matrix = self.matrix(matrix)?;
         let mut launch = Launch { n_tasks: 1, ..Default::default() };
         let n_strips = matrix.description.n_col_blocks;
-        launch.tasks[0] = Task { matrix: matrix.description, out, strip: 1, n_strips, ..Default::default() };
+        let (description, codec) = (matrix.description, matrix.codec);
+        launch.tasks[0] = Task { matrix: description, out, strip: 1, n_strips, codec, ..Default::default() };
         // SAFETY: the caller's promises.
         unsafe {
             let device = self.device.on_stream(stream as *mut _);
