@@ -213,7 +213,8 @@ def default_contenders(device: torch.device) -> list[str]:
 def load(source: str | None, shape: str, device: torch.device) -> Any:
     """The BF16 model: a checkpoint, or random weights in the shape of a known model, with tails like those of trained ones."""
     if source is not None:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+        return model.to(device).eval()
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, max_position_embeddings=8192)
     torch.manual_seed(0)
     default = torch.get_default_dtype()

@@ -14,7 +14,7 @@ they can be captured in CUDA graphs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ from codecllm._archive import Tensor as ArchiveTensor
 if TYPE_CHECKING:
     from codecllm._archive import Coder, Format, Prefer, Scale
 
-__all__ = ["CompressedEmbedding", "CompressedLinear", "compress_model_", "compressed_modules", "decode"]
+__all__ = ["CompressedEmbedding", "CompressedLinear", "compress_model_", "compressed_modules", "decode", "group_"]
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -68,8 +68,23 @@ def _where(tensor: Tensor) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=65536)
-def _workspace_bytes(device: int, key: int, n_tokens: int) -> int:
-    return _core.cuda_workspace_bytes(device, [(key, 0, 0)], n_tokens)
+def _workspace_bytes(device: int, keys: tuple[int, ...], n_tokens: int) -> int:
+    return _core.cuda_workspace_bytes(device, [(key, 0, 0) for key in keys], n_tokens)
+
+
+def _product(x: Tensor, matrices: list[tuple[Tensor, Tensor | None, Tensor | None, int, int]]) -> list[Tensor]:
+    """Products of 1 to 16 tokens on a GPU, one launch; of each matrix weight, tables, bias, key, rows."""
+    n_tokens = x.numel() // x.shape[-1]
+    outs = [x.new_empty(*x.shape[:-1], n_rows) for *_, n_rows in matrices]
+    x = _aligned(x)
+    with torch.cuda.device(x.device):
+        device, stream = _where(x)
+        keys = tuple(key for *_, key, _ in matrices)
+        workspace = x.new_empty(_workspace_bytes(device, keys, n_tokens), dtype=torch.uint8)
+        sources = [_matrix(weight, tables, key) for weight, tables, _, key, _ in matrices]
+        places = [(_address(bias, 4), _address(out, 4)) for (_, _, bias, _, _), out in zip(matrices, outs, strict=True)]
+        _core.cuda_product(device, stream, sources, places, _address(x), n_tokens, _address(workspace))
+    return outs
 
 
 @torch.library.custom_op("codecllm::linear", mutates_args=(), device_types="cpu")
@@ -101,16 +116,9 @@ def _(x: Tensor, weight: Tensor, tables: Tensor | None, bias: Tensor | None, key
         # The weights are BF16 already; the input is a BF16 model's, or keeps its precision.
         dtype = torch.bfloat16 if bf16 else torch.float32
         return nn.functional.linear(x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)).float()
-    out = x.new_empty(*x.shape[:-1], n_rows)
-    if n_tokens:
-        x = _aligned(x)
-        with torch.cuda.device(x.device):
-            device, stream = _where(x)
-            workspace = x.new_empty(_workspace_bytes(device, key, n_tokens), dtype=torch.uint8)
-            outs = [(_address(bias), _address(out))]
-            matrices = [_matrix(weight, tables, key)]
-            _core.cuda_product(device, stream, matrices, outs, _address(x), n_tokens, _address(workspace))
-    return out
+    if not n_tokens:
+        return x.new_empty(*x.shape[:-1], n_rows)
+    return _product(x, [(weight, tables, bias, key, n_rows)])[0]
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -130,6 +138,39 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+@torch.library.custom_op("codecllm::linears", mutates_args=())
+def _linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    tables: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    keys: Sequence[int],
+    n_rows: Sequence[int],
+    bf16: bool,
+) -> list[Tensor]:
+    """Several `codecllm::linear` of one input; on a GPU, up to 16 tokens are one launch. It has no gradient."""
+    matrices = list(zip(weights, tables, biases, keys, n_rows, strict=True))
+    n_tokens = x.numel() // x.shape[-1]
+    if x.is_cuda and 0 < n_tokens <= _core.CUDA_MAX_TOKENS:
+        for weight, table, *_ in matrices:
+            _check(x, weight, table)
+        return _product(x, matrices)
+    return [torch.ops.codecllm.linear(x, *matrix, bf16) for matrix in matrices]
+
+
+@_linears.register_fake
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    tables: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    keys: Sequence[int],
+    n_rows: Sequence[int],
+    bf16: bool,
+) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], n) for n in n_rows]
 
 
 @torch.library.custom_op("codecllm::embedding", mutates_args=(), device_types="cpu")
@@ -312,6 +353,7 @@ class CompressedLinear(_Compressed):
     ) -> None:
         super().__init__(out_features, in_features, n_bytes, device)
         self.in_features, self.out_features = in_features, out_features
+        self._group: _Group | None = None
         values = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
 
@@ -362,6 +404,8 @@ class CompressedLinear(_Compressed):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x · Wᵀ + bias`, in x's dtype."""
+        if self._group is not None and self._group.takes(x):
+            return self._group.output(self, x)
         tables = self._ready()
         bias = self.bias if self.bias is None else self.bias.float()
         bf16 = x.dtype == torch.bfloat16
@@ -371,6 +415,62 @@ class CompressedLinear(_Compressed):
     def extra_repr(self) -> str:
         bits = "" if self.weight.is_meta else f", format={self.format}, bits_per_weight={self.bits_per_weight:.2f}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{bits}"
+
+
+class _Group:
+    """Layers that a module calls one after another with the same input: the first call computes the products of all."""
+
+    def __init__(self, members: list[CompressedLinear]) -> None:
+        self.members = members
+        #: An input and its outputs, for as long as some are to be fetched. One object, so that threads that share a model do not
+        #: take each other's.
+        self.held: tuple[Tensor, list[Tensor | None]] | None = None
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the layers are in one place, and no gradient is asked for."""
+        if torch.is_grad_enabled() and (x.requires_grad or any(m.bias is not None for m in self.members)):
+            return False
+        return all(m.weight.device == x.device for m in self.members)
+
+    def output(self, member: CompressedLinear, x: Tensor) -> Tensor:
+        """The product of one member."""
+        place = next(i for i, m in enumerate(self.members) if m is member)
+        held = self.held
+        if held is None or held[0] is not x or held[1][place] is None:
+            tables = [m._ready() for m in self.members]
+            weights = [m.weight for m in self.members]
+            biases = [None if m.bias is None else m.bias.float() for m in self.members]
+            keys, n_rows = [m._key for m in self.members], [m.out_features for m in self.members]
+            bf16 = x.dtype == torch.bfloat16
+            outs = torch.ops.codecllm.linears(x.float(), weights, tables, biases, keys, n_rows, bf16)
+            held = self.held = (x, [out.to(x.dtype) for out in outs])
+        out = held[1][place]
+        assert out is not None
+        held[1][place] = None
+        if all(o is None for o in held[1]):
+            self.held = None
+        return out
+
+
+#: Layers that models of Transformers call in a row with one input.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def group_(model: nn.Module, siblings: Iterable[tuple[str, ...]] = _SIBLINGS) -> nn.Module:
+    """Have layers that share an input computed together, which a GPU does in one launch; the model.
+
+    `siblings`: names of a module's children that it calls one after another, each once, with the same tensor, which nobody writes into
+    meanwhile. `compress_model_` and `from_pretrained` call this for queries, keys and values, and for gate and up.
+    """
+    for module in model.modules():
+        for names in siblings:
+            members = [getattr(module, name, None) for name in names]
+            same = all(type(m) is CompressedLinear for m in members) and len({m.in_features for m in members if m}) == 1
+            group = _Group([m for m in members if m is not None]) if same else None
+            for member in members:
+                if isinstance(member, CompressedLinear):
+                    member._group = group
+    return model
 
 
 class CompressedEmbedding(_Compressed):
@@ -521,6 +621,7 @@ def compress_model_(
         done += weight.nbytes
     if progress:
         progress(total, total, "")
+    group_(model)
     if "transformers" in _loaded_modules():
         from codecllm.transformers import adopt
 

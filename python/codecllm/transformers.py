@@ -27,7 +27,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from codecllm import _core
-from codecllm.torch import CompressedEmbedding, CompressedLinear, compress_model_, compressed_modules
+from codecllm.torch import CompressedEmbedding, CompressedLinear, compress_model_, compressed_modules, group_
 
 __all__ = ["CodecConfig", "CodecQuantizer", "CompressedExperts"]
 
@@ -343,6 +343,7 @@ class CodecQuantizer(HfQuantizer):
             if isinstance(module, CompressedLinear) and bias is not None and bias.shape[0] != module.out_features:
                 bias.data = bias.data[: module.out_features].clone()
             module.prepare()
+        group_(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -110,6 +110,26 @@ def test_cuda_graphs(format: str, bits: float | None, n: int) -> None:
             assert torch.equal(y, model(x))
 
 
+@pytest.mark.parametrize(("format", "bits"), FORMATS)
+@pytest.mark.parametrize("n", [1, 5, 16, 40])
+def test_layers_of_one_input_in_one_launch(format: str, bits: float | None, n: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Module()
+    for name, n_rows in {"q_proj": 1024, "k_proj": 256, "v_proj": 250}.items():
+        module.add_module(name, nn.Linear(512, n_rows, bias=name != "k_proj"))
+    module.cuda()
+    compress_model_(module, format, bits=bits)  # type: ignore[arg-type]
+    x = torch.randn(n, 512, device="cuda")
+    with torch.no_grad():
+        together = [module.get_submodule(name)(x) for name in ("q_proj", "k_proj", "v_proj")]
+        for layer, found in zip(compressed_modules(module).values(), together, strict=True):
+            layer._group = None
+            wanted = layer(x)
+            # Integers' sums are exact; floats' depend on how the launch cuts the rows.
+            exact = format in ("int8", "rate") and n <= 16
+            torch.testing.assert_close(found, wanted, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-4)
+
+
 def test_compile_with_cuda_graphs() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 1024), nn.GELU(), nn.Linear(1024, 512)).cuda().to(torch.bfloat16).eval()

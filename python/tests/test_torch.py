@@ -151,6 +151,60 @@ def test_errors_are_clear() -> None:
             codecllm._core.cuda_open(0)
 
 
+class Attention(nn.Module):
+    """Calls three layers with one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(64, 96), nn.Linear(64, 32), nn.Linear(64, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+
+
+def test_layers_of_one_input_are_computed_together() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention(), nn.Linear(160, 64), Attention()).eval()
+    compress_model_(model, "int8")
+    groups = {id(layer._group) for layer in compressed_modules(model).values() if layer._group is not None}
+    assert len(groups) == 2
+    alone = copy.deepcopy(model)
+    for layer in compressed_modules(alone).values():
+        layer._group = None
+    calls = 0
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal calls
+            calls += func is torch.ops.codecllm.linears.default
+            return func(*args, **(kwargs or {}))
+
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        for n in (1, 3, 20):
+            x = torch.randn(n, 64)
+            wanted = alone(x)
+            with Count():
+                assert torch.equal(model(x), wanted)
+            torch.testing.assert_close(compiled(x), wanted, rtol=1e-5, atol=1e-5)
+            # Whatever order, whatever is called alone.
+            attention, plain = model[0], alone[0]
+            assert torch.equal(attention.v_proj(x), plain.v_proj(x))
+            y = x + 1
+            assert torch.equal(attention.v_proj(y), plain.v_proj(y))
+            assert torch.equal(attention.v_proj(y), plain.v_proj(y))
+            assert torch.equal(attention.q_proj(y), plain.q_proj(y))
+    assert calls == 3 * 2
+    group = model[2].q_proj._group
+    assert group is not None and group.held is None
+    # Gradients go through each layer by itself.
+    x = torch.randn(2, 64, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None and model[0].q_proj.bias.grad is not None
+    copied = copy.deepcopy(model)
+    assert copied[0].q_proj._group.members[1] is copied[0].k_proj
+
+
 def test_compress_model_skips_and_shares() -> None:
     model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64), "h": nn.Linear(64, 50), "e": nn.Embedding(50, 64)})
     model.add_module("attention", nn.MultiheadAttention(64, 4))
