@@ -87,7 +87,12 @@ def _product(x: Tensor, matrices: list[tuple[Tensor, Tensor | None, Tensor | Non
     return outs
 
 
-@torch.library.custom_op("codecllm::linear", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "codecllm::linear",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor weight, Tensor? tables, Tensor? bias, SymInt key, SymInt n_rows, bool bf16) -> Tensor",
+)
 def _linear(
     x: Tensor, weight: Tensor, tables: Tensor | None, bias: Tensor | None, key: int, n_rows: int, bf16: bool
 ) -> Tensor:
@@ -140,7 +145,12 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
-@torch.library.custom_op("codecllm::linears", mutates_args=())
+@torch.library.custom_op(
+    "codecllm::linears",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, Tensor?[] tables, Tensor?[] biases, SymInt[] keys, SymInt[] n_rows, bool bf16)"
+    " -> Tensor[]",
+)
 def _linears(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -173,7 +183,12 @@ def _(
     return [x.new_empty(*x.shape[:-1], n) for n in n_rows]
 
 
-@torch.library.custom_op("codecllm::embedding", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "codecllm::embedding",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor ids, Tensor weight, Tensor? tables, SymInt key, SymInt n_cols) -> Tensor",
+)
 def _embedding(ids: Tensor, weight: Tensor, tables: Tensor | None, key: int, n_cols: int) -> Tensor:
     """The rows `ids`: ids integers, weight uint8 `[n_bytes]`; f32 `[..., n_cols]`. Only blocks with those rows are decoded."""
     rows = ids.reshape(-1).to(torch.int64).contiguous().numpy()
@@ -204,7 +219,12 @@ def _(ids: Tensor, weight: Tensor, tables: Tensor | None, key: int, n_cols: int)
     return out
 
 
-@torch.library.custom_op("codecllm::decode", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "codecllm::decode",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor weight, Tensor? tables, SymInt key, SymInt n_rows, SymInt n_cols) -> Tensor",
+)
 def _decode(weight: Tensor, tables: Tensor | None, key: int, n_rows: int, n_cols: int) -> Tensor:
     """The weights `[n_rows, n_cols]`: f32 on the CPU; on a GPU rounded to BF16, which `bf16` has anyway."""
     return torch.from_numpy(_core.dequantize(weight.detach().numpy(), key))

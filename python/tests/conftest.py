@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,20 +24,23 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """Test models that are not part of the repository."""
-    folder = Path(os.environ.get("CODECLLM_SHARED", ROOT.parent / "shared"))
-    if not (folder / "models").is_dir():
-        message = f"{folder} has no test models; set CODECLLM_SHARED to the folder that has"
-        assert "CI" not in os.environ, message
-        pytest.skip(message)
-    return folder
+def tales(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained BF16 Llama of 5 million weights, as Hugging Face's checkpoints are: restored from the archive in the repository."""
+    import codecllm
+    import torch
+    from safetensors.torch import save_file
 
-
-@pytest.fixture(scope="session")
-def tales(shared: Path) -> Path:
-    """A trained BF16 Llama of 5 million weights."""
-    return shared / "models" / "tales-5m"
+    source, path = ROOT / "assets" / "tales-5m", tmp_path_factory.mktemp("checkpoint") / "tales"
+    path.mkdir()
+    tensors = {name: tensor.decode(device="cpu") for name, tensor in codecllm.open(source, checks="full").items()}
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, path / name)
+    return path
 
 
 @pytest.fixture(scope="session")
