@@ -245,6 +245,7 @@ class CodecQuantizer(HfQuantizer):
         self._drops_merges = False
         self._decoded: list[str] = []
         self._dtype = torch.bfloat16
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuses devices that have no kernels."""
@@ -280,6 +281,8 @@ class CodecQuantizer(HfQuantizer):
         # Every submodule's dtype plan may ask for float32, which bytes are not.
         patterns = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
         modules = dict(model.named_modules())
+        plain = ((name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point())
+        self._dtypes = {name: dtype for name, dtype in plain if not patterns.intersection(name.split("."))}
         state = model.state_dict()
         replaced: dict[str, _Encoded] = {}
         for name, shape in renamed.items():
@@ -337,6 +340,11 @@ class CodecQuantizer(HfQuantizer):
             format: Any = c.format
             skip = c.modules_to_not_convert or ()
             compress_model_(model, format, skip=skip, embeddings=c.embeddings, **options)
+        for name, parameter in model.named_parameters():
+            # Up to 5.17 Transformers leaves what it renamed in the dtype of the checkpoint.
+            dtype = self._dtypes.get(name, parameter.dtype)
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
         for module in compressed_modules(model).values():
             # Tying pads a shared layer's bias to as many elements as the weight has bytes.
             bias = getattr(module, "bias", None)
