@@ -19,6 +19,11 @@ demo:
 bench:
     cargo run --release -- bench --model-shape tinyllama-1.1b --threads 2
 
+# The Python package, built for work on it into the active virtual environment, and its tests
+python:
+    maturin develop --release
+    pytest -q
+
 # Rewrite vectors/ (only when the format changes)
 vectors:
     cargo run --release -p codecllm-codec --example make_vectors

@@ -8,6 +8,16 @@ out=${1:-target/gpu}
 mkdir -p "$out"
 export CODECLLM_REQUIRE_CUDA=1
 
+# PyTorch on the GPU: with a wheel from `maturin build --release` where the machine that has the GPU has no Rust. CODECLLM_WHEEL names it.
+if [[ -n ${CODECLLM_WHEEL:-} ]]; then
+    site=$(realpath "$out")/site
+    python3 -m pip install -q --no-deps --no-index --target "$site" --upgrade "$CODECLLM_WHEEL"
+    export PYTHONPATH=$site
+    python3 -m pytest -q -m cuda python/tests 2>&1 | tee "$out/python.log"
+    python3 -m codecllm.bench --shape llama-3-8b --json \
+        --contenders bf16,codecllm-int8,codecllm-rate:4.5 | tee "$out/python-llama-3-8b.json"
+    exit
+fi
 cargo test --release -p codecllm-engine --lib cuda -- --nocapture 2>&1 | tee "$out/kernels.log"
 cargo test --release -p codecllm-engine --test cuda_model -- --nocapture 2>&1 | tee "$out/models.log"
 cargo run --release -- demo --device cuda --json | tee "$out/demo.json"

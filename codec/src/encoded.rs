@@ -429,6 +429,71 @@ impl DecodeTables {
     }
 }
 
+/// What the metadata say: the same for [`EncodedTensor`] and [`Layout`].
+macro_rules! metadata {
+    () => {
+        /// What a code means.
+        pub fn format(&self) -> Format {
+            self.header.format
+        }
+
+        /// How codes are stored.
+        pub fn coder(&self) -> Coder {
+            self.header.coder
+        }
+
+        /// How scales are stored.
+        pub fn scale_kind(&self) -> ScaleKind {
+            self.header.scale_kind
+        }
+
+        /// The source's element type.
+        pub fn source_dtype(&self) -> Dtype {
+            self.header.source_dtype
+        }
+
+        /// Output channels.
+        pub fn n_rows(&self) -> usize {
+            self.header.n_rows
+        }
+
+        /// Input channels.
+        pub fn n_cols(&self) -> usize {
+            self.header.n_cols
+        }
+
+        /// ‖W − Ŵ‖ / ‖W‖ as the encoder measured it.
+        pub fn relative_error(&self) -> f32 {
+            self.header.relative_error
+        }
+
+        /// `rate`: the distance of neighbouring grid points that its quantizer was given.
+        pub fn step(&self) -> Option<f32> {
+            (self.header.format == Format::Rate).then_some(self.header.step)
+        }
+
+        /// The coder's parameters; none with zstd.
+        pub fn params(&self) -> Option<&Params> {
+            (self.header.coder == Coder::Rans).then_some(&self.header.params)
+        }
+
+        /// Where the sections lie.
+        pub fn sections(&self) -> &Sections {
+            &self.sections
+        }
+
+        /// The decoder's transition of every slot; none with zstd.
+        pub fn transitions(&self) -> Option<&[Transition]> {
+            self.tables.as_ref().map(|t| &t.transitions[..])
+        }
+
+        /// The layout of blocks; meaningful with coder `rans`.
+        pub fn geometry(&self) -> Geometry {
+            self.header.geometry()
+        }
+    };
+}
+
 /// An encoded tensor, validated. Cloning is cheap.
 #[derive(Clone)]
 pub struct EncodedTensor {
@@ -442,6 +507,46 @@ pub struct EncodedTensor {
 impl std::fmt::Debug for EncodedTensor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("EncodedTensor").field("header", &self.header).finish_non_exhaustive()
+    }
+}
+
+/// What a tensor's metadata say, parsed and validated, for a caller who keeps the bytes: [`Layout::bind`] makes a tensor of them
+/// again without the cost of parsing. Cloning is cheap.
+#[derive(Clone)]
+pub struct Layout {
+    header_bytes: [u8; HEADER_BYTES],
+    header: Header,
+    sections: Sections,
+    tables: Option<Arc<DecodeTables>>,
+}
+
+impl Layout {
+    metadata!();
+
+    /// A number that tells tensors with different metadata apart: the checksum in the header.
+    pub fn key(&self) -> u64 {
+        u64::from_le_bytes(self.header_bytes[80..88].try_into().expect("8 bytes"))
+    }
+
+    /// Length of the tensor in bytes.
+    pub fn n_bytes(&self) -> usize {
+        self.sections.total
+    }
+
+    /// The tensor that `data` holds. Its metadata are compared with those that were validated, through their checksum; its
+    /// payload is not.
+    ///
+    /// # Errors
+    /// `data` is another tensor, or its metadata have changed.
+    pub fn bind(&self, data: Bytes) -> Result<EncodedTensor> {
+        let same = data.len() == self.sections.total
+            && data.starts_with(&self.header_bytes)
+            && metadata_checksum(&data[..self.sections.raw.start]) == self.key();
+        if !same {
+            return Err(Error::format("encoded tensor", "its bytes are not those that it was prepared from"));
+        }
+        let Self { header, sections, tables, .. } = self.clone();
+        Ok(EncodedTensor { data, header, sections, tables })
     }
 }
 
@@ -569,69 +674,18 @@ impl EncodedTensor {
         &self.data[range.clone()]
     }
 
-    /// What a code means.
-    pub fn format(&self) -> Format {
-        self.header.format
-    }
-
-    /// How codes are stored.
-    pub fn coder(&self) -> Coder {
-        self.header.coder
-    }
-
-    /// How scales are stored.
-    pub fn scale_kind(&self) -> ScaleKind {
-        self.header.scale_kind
-    }
-
-    /// The source's element type.
-    pub fn source_dtype(&self) -> Dtype {
-        self.header.source_dtype
-    }
-
-    /// Output channels.
-    pub fn n_rows(&self) -> usize {
-        self.header.n_rows
-    }
-
-    /// Input channels.
-    pub fn n_cols(&self) -> usize {
-        self.header.n_cols
-    }
-
-    /// ‖W − Ŵ‖ / ‖W‖ as the encoder measured it.
-    pub fn relative_error(&self) -> f32 {
-        self.header.relative_error
-    }
-
-    /// `rate`: the distance of neighbouring grid points that its quantizer was given.
-    pub fn step(&self) -> Option<f32> {
-        (self.header.format == Format::Rate).then_some(self.header.step)
-    }
-
-    /// The coder's parameters; none with zstd.
-    pub fn params(&self) -> Option<&Params> {
-        (self.header.coder == Coder::Rans).then_some(&self.header.params)
-    }
+    metadata!();
 
     /// The tensor's bytes.
     pub fn bytes(&self) -> &Bytes {
         &self.data
     }
 
-    /// Where the sections lie.
-    pub fn sections(&self) -> &Sections {
-        &self.sections
-    }
-
-    /// The decoder's transition of every slot; none with zstd.
-    pub fn transitions(&self) -> Option<&[Transition]> {
-        self.tables.as_ref().map(|t| &t.transitions[..])
-    }
-
-    /// The layout of blocks; meaningful with coder `rans`.
-    pub fn geometry(&self) -> Geometry {
-        self.header.geometry()
+    /// The tensor without its bytes.
+    pub fn layout(&self) -> Layout {
+        let Self { data, header, sections, tables } = self;
+        let header_bytes = *data.first_chunk().expect("a parsed tensor has a header");
+        Layout { header_bytes, header: header.clone(), sections: sections.clone(), tables: tables.clone() }
     }
 
     /// The tables of a `rans` tensor.

@@ -21,7 +21,7 @@ mod simd;
 
 pub use checkpoint::{Checkpoint, Dtype, Tensor};
 pub use cpu::Cpu;
-pub use encoded::{Checks, EncodeOptions, EncodedTensor, Prefer, encode_tensor, encode_with_feedback};
+pub use encoded::{Checks, EncodeOptions, EncodedTensor, Layout, Prefer, encode_tensor, encode_with_feedback};
 pub use error::{Error, Result};
 pub use format::{Coder, Format, ScaleMode};
 pub use product::Operand;

@@ -7,13 +7,13 @@
 use super::layers::{is_embedding_or_head, last_module};
 use super::{Progress, check_stopped};
 use crate::block::{BLOCK_ROWS, Params};
-use crate::checkpoint::{Checkpoint, Tensor, TensorInfo};
+use crate::checkpoint::{Checkpoint, Tensor};
 use crate::encoded::{Checks, EncodeOptions, EncodedTensor, encode_tensor};
 use crate::error::{Error, Result};
-use crate::quantize::quantize_to_step;
+use crate::quantize::{matrix_shape, quantize_to_step};
 use bytes::Bytes;
 use rayon::prelude::*;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// What `rate` aims at.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -51,14 +51,16 @@ const THETA: (f64, f64) = (1e-3, 30.0);
 ///
 /// Measured on two Llamas of 5 and 50 million weights, which agree to 15 %; keys and values once the number of query heads that
 /// share them is taken out. Against equal relative errors this saves 17 % of the divergence.
-fn role_weight(source: &Checkpoint, info: &TensorInfo) -> f64 {
+///
+/// `n_rows_of`: the rows of another tensor of the model.
+fn role_weight(name: &str, n_rows: usize, n_rows_of: impl Fn(&str) -> Option<usize>) -> f64 {
     let shared = |weight: f64, role: &str| {
-        let query = source.info(&info.name.replace(role, "q_proj"));
-        let share = query.map_or(1.0, |query| info.shape[0] as f64 / query.shape[0] as f64);
+        let query = n_rows_of(&name.replace(role, "q_proj"));
+        let share = query.map_or(1.0, |query| n_rows as f64 / query as f64);
         weight * share.min(1.0).sqrt()
     };
-    match last_module(&info.name) {
-        _ if is_embedding_or_head(&info.name) => 0.76,
+    match last_module(name) {
+        _ if is_embedding_or_head(name) => 0.76,
         "q_proj" => 1.58,
         "k_proj" => shared(1.42, "k_proj"),
         "v_proj" => shared(0.72, "v_proj"),
@@ -70,8 +72,8 @@ fn role_weight(source: &Checkpoint, info: &TensorInfo) -> f64 {
 }
 
 /// A tensor as far as its size depends on θ.
-struct Candidate<'a> {
-    info: &'a TensorInfo,
+struct Candidate {
+    n_weights: usize,
     sample: Tensor,
     /// Step at θ = 1.
     unit: f64,
@@ -81,11 +83,11 @@ struct Candidate<'a> {
     overhead: f64,
 }
 
-impl<'a> Candidate<'a> {
-    fn new(source: &Checkpoint, info: &'a TensorInfo, sample_weights: usize) -> Result<Self> {
-        let tensor = source.tensor(&info.name)?;
-        let (n_rows, n_cols) = (info.shape[0], info.shape[1]);
-        let row_bytes = info.n_bytes / n_rows;
+impl Candidate {
+    /// Of a matrix whose role has the weight `role`.
+    fn new(tensor: &Tensor, role: f64, sample_weights: usize) -> Result<Self> {
+        let (n_rows, n_cols) = matrix_shape(tensor)?;
+        let row_bytes = tensor.data.len() / n_rows;
         let n_blocks = n_rows.div_ceil(BLOCK_ROWS);
         let wanted = sample_weights.div_ceil(BLOCK_ROWS * n_cols).clamp(1, n_blocks);
         let mut data = Vec::new();
@@ -95,10 +97,10 @@ impl<'a> Candidate<'a> {
             data.extend_from_slice(&tensor.data[first * row_bytes..end * row_bytes]);
         }
         let shape = vec![data.len() / row_bytes, n_cols];
-        let sample = Tensor { name: info.name.clone(), dtype: info.dtype, shape, data: Bytes::from(data) };
+        let sample = Tensor { name: tensor.name.clone(), dtype: tensor.dtype, shape, data: Bytes::from(data) };
         let rms = crate::quantize::rms(&sample)?;
-        let unit = if rms > 0.0 { rms * role_weight(source, info) } else { 1.0 };
-        Ok(Self { info, sample, unit, params: None, overhead: 0.05 })
+        let unit = if rms > 0.0 { rms * role } else { 1.0 };
+        Ok(Self { n_weights: n_rows * n_cols, sample, unit, params: None, overhead: 0.05 })
     }
 
     fn step(&self, theta: f64) -> f32 {
@@ -110,7 +112,7 @@ impl<'a> Candidate<'a> {
     }
 
     fn bits(&self, theta: f64) -> Result<f64> {
-        Ok((self.entropy(theta)? + self.overhead) * self.info.n_elements() as f64)
+        Ok((self.entropy(theta)? + self.overhead) * self.n_weights as f64)
     }
 
     /// How the tensor is encoded.
@@ -126,7 +128,7 @@ impl<'a> Candidate<'a> {
         let fixed = sizes.header + sizes.tables + sizes.padding;
         let bits_of = |bytes: u64, n: usize| 8.0 * bytes as f64 / n as f64;
         let bits = bits_of(sizes.total() - fixed, self.sample.shape[0] * self.sample.shape[1])
-            + bits_of(fixed, self.info.n_elements());
+            + bits_of(fixed, self.n_weights);
         self.overhead = bits - self.entropy(theta)?;
         Ok(encoded.params().copied())
     }
@@ -158,7 +160,9 @@ pub(super) fn choose_steps(
     let mut candidates = Vec::new();
     for info in source.tensors().iter().filter(|t| selected.contains(t.name.as_str())) {
         check_stopped(progress)?;
-        candidates.push(Candidate::new(source, info, sample_weights).map_err(|e| e.in_tensor(&info.name))?);
+        let role = role_weight(&info.name, info.shape[0], |name| source.info(name).map(|other| other.shape[0]));
+        let tensor = source.tensor(&info.name)?;
+        candidates.push(Candidate::new(&tensor, role, sample_weights).map_err(|e| e.in_tensor(&info.name))?);
     }
     let theta = match target {
         RateTarget::Step(theta) => theta,
@@ -173,18 +177,7 @@ pub(super) fn choose_steps(
             let kept: f64 = kept.map(|t| 8.0 * t.n_bytes as f64).sum();
             let listed: usize = source.tensors().iter().map(|t| t.name.len() + LISTING_BYTES).sum();
             let kept = kept + 8.0 * (listed + PROVENANCE_BYTES) as f64;
-            let mut theta = theta_for(&candidates, wanted - kept, n_weights, kept)?;
-            // The first two looks are at what the encoder chooses and what that costs; the choice then stands.
-            for fixed in [false, true, true] {
-                check_stopped(progress)?;
-                candidates.par_iter_mut().try_for_each(|c| {
-                    let params = c.measure_overhead(theta, options)?;
-                    c.params = params.filter(|_| fixed);
-                    Ok::<_, Error>(())
-                })?;
-                theta = theta_for(&candidates, wanted - kept, n_weights, kept)?;
-            }
-            theta
+            search(&mut candidates, wanted, n_weights, kept, options, progress)?
         }
     };
     let is_sized = !matches!(target, RateTarget::Step(_));
@@ -192,13 +185,65 @@ pub(super) fn choose_steps(
         .par_iter()
         .map(|c| {
             let bits = if is_sized { Some(c.bits(theta)?) } else { None };
-            Ok(PlannedTensor { name: c.info.name.clone(), options: c.options(theta, options), bits })
+            Ok(PlannedTensor { name: c.sample.name.clone(), options: c.options(theta, options), bits })
         })
         .collect()
 }
 
+/// How each of some matrices in memory is encoded, in their order, so that together they meet the target; their names tell their
+/// roles.
+///
+/// # Errors
+/// A tensor that cannot be encoded; a target that the format cannot meet; [`Error::Interrupted`].
+pub fn steps_of(
+    tensors: &[Tensor],
+    target: RateTarget,
+    options: &EncodeOptions,
+    progress: &dyn Progress,
+) -> Result<Vec<EncodeOptions>> {
+    let sample_weights = (SAMPLE_WEIGHTS / tensors.len().max(1)).max(MIN_SAMPLE);
+    let n_rows: HashMap<&str, usize> = tensors.iter().map(|t| (t.name.as_str(), t.shape[0])).collect();
+    let mut candidates = Vec::new();
+    for tensor in tensors {
+        check_stopped(progress)?;
+        let role = role_weight(&tensor.name, tensor.shape[0], |name| n_rows.get(name).copied());
+        candidates.push(Candidate::new(tensor, role, sample_weights).map_err(|e| e.in_tensor(&tensor.name))?);
+    }
+    let n_weights = candidates.iter().map(|c| c.n_weights as f64).sum();
+    let theta = match target {
+        RateTarget::Step(theta) => theta,
+        RateTarget::Bytes(bytes) => search(&mut candidates, 8.0 * bytes as f64, n_weights, 0.0, options, progress)?,
+        RateTarget::Bits(bits) => search(&mut candidates, bits * n_weights, n_weights, 0.0, options, progress)?,
+    };
+    Ok(candidates.iter().map(|c| c.options(theta, options)).collect())
+}
+
+/// The θ at which the candidates take `wanted` bits, of which `kept` are those of what is not encoded; `n_weights` are the whole
+/// model's.
+fn search(
+    candidates: &mut [Candidate],
+    wanted: f64,
+    n_weights: f64,
+    kept: f64,
+    options: &EncodeOptions,
+    progress: &dyn Progress,
+) -> Result<f64> {
+    let mut theta = theta_for(candidates, wanted - kept, n_weights, kept)?;
+    // The first two looks are at what the encoder chooses and what that costs; the choice then stands.
+    for fixed in [false, true, true] {
+        check_stopped(progress)?;
+        candidates.par_iter_mut().try_for_each(|c| {
+            let params = c.measure_overhead(theta, options)?;
+            c.params = params.filter(|_| fixed);
+            Ok::<_, Error>(())
+        })?;
+        theta = theta_for(candidates, wanted - kept, n_weights, kept)?;
+    }
+    Ok(theta)
+}
+
 /// The θ at which the candidates take `wanted` bits together.
-fn theta_for(candidates: &[Candidate<'_>], wanted: f64, n_weights: f64, kept: f64) -> Result<f64> {
+fn theta_for(candidates: &[Candidate], wanted: f64, n_weights: f64, kept: f64) -> Result<f64> {
     let bits = |theta: f64| -> Result<f64> { candidates.par_iter().map(|c| c.bits(theta)).sum() };
     let (mut low, mut high) = THETA;
     let (most, least) = (bits(low)?, bits(high)?);

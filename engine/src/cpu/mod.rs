@@ -63,6 +63,47 @@ impl CpuBackend {
         self.pool.current_num_threads()
     }
 
+    /// `out[t] = matrix · x[t] + bias` on all threads; x `[n_tokens, n_cols]`, bias `[n_rows]`, out `[n_tokens, n_rows]`.
+    ///
+    /// # Errors
+    /// Sizes that do not fit each other, a payload that does not decode.
+    pub fn linear(&self, matrix: &Matrix, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) -> Result<()> {
+        let (n_rows, n_cols) = (matrix.n_rows(), matrix.n_cols());
+        let n_tokens = x.len() / n_cols;
+        if x.len() != n_tokens * n_cols || out.len() != n_tokens * n_rows || bias.is_some_and(|b| b.len() != n_rows) {
+            return Err(Error::Parameter(format!(
+                "{} values times a matrix of {n_rows} × {n_cols} plus {} into {}: the sizes do not fit",
+                x.len(),
+                bias.map_or(0, <[f32]>::len),
+                out.len()
+            )));
+        }
+        match n_tokens {
+            0 => Ok(()),
+            _ => self
+                .pool
+                .install(|| self.products(x, n_cols, std::iter::once(Product { matrix, bias, out, adds: false }))),
+        }
+    }
+
+    /// Writes rows of a matrix: `out[i] = matrix[rows[i]]`, out `[rows.len(), n_cols]`.
+    ///
+    /// # Errors
+    /// A row that the matrix does not have, a buffer of another size, a payload that does not decode.
+    pub fn gather(&self, matrix: &Matrix, rows: &[usize], out: &mut [f32]) -> Result<()> {
+        let (n_rows, n_cols) = (matrix.n_rows(), matrix.n_cols());
+        if let Some(row) = rows.iter().find(|&&row| row >= n_rows) {
+            return Err(Error::Parameter(format!("there is no row {row} in a matrix of {n_rows} rows")));
+        }
+        if out.len() != rows.len() * n_cols {
+            return Err(Error::Parameter(format!("{} rows of {n_cols} into {} values", rows.len(), out.len())));
+        }
+        self.pool.install(|| {
+            let jobs = out.par_chunks_mut(n_cols).zip(rows);
+            jobs.try_for_each(|(out, &row)| matrix.row(self.level.cpu(), row, out))
+        })
+    }
+
     /// Runs the products of one input, `[n_tokens, n_cols]`, as one parallel region.
     fn products<'a>(&self, x: &[f32], n_cols: usize, products: impl Iterator<Item = Product<'a>>) -> Result<()> {
         let n_tokens = x.len() / n_cols;

@@ -89,6 +89,16 @@ impl Device {
         Ok(Self { index, context, stream, n_multiprocessors, shared_bytes, capability })
     }
 
+    /// The same GPU with another library's stream, which all work then goes through.
+    ///
+    /// # Safety
+    /// The stream is one of the GPU's primary context, and lives as long as what is returned.
+    pub(super) unsafe fn on_stream(&self, stream: sys::CUstream) -> Self {
+        // SAFETY: the caller's promise.
+        let stream = unsafe { self.context.wrap_borrowed_stream(stream) };
+        Self { context: self.context.clone(), stream, ..*self }
+    }
+
     /// The GPU's number.
     pub fn index(&self) -> usize {
         self.index

@@ -2,10 +2,14 @@
 //!
 //! Nothing here allocates or waits once a matrix is made, so that every launch may be part of a graph.
 
+mod external;
+
+pub use external::{External, ExternalMatrix};
+
 use super::device::{Device, Grid, failed};
 use crate::error::{Error, Result};
 use codecllm_codec::block::{BLOCK_ROWS, Params};
-use codecllm_codec::{EncodedTensor, Format};
+use codecllm_codec::{EncodedTensor, Format, Layout};
 use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, DevicePtrMut};
 use std::sync::Arc;
@@ -150,9 +154,10 @@ pub(super) struct EncodedMatrix {
     kernels: Arc<Instance>,
     /// What the kernels know its codec by, or 0.
     codec: u32,
-    /// What the description points to.
-    _data: CudaSlice<u8>,
-    _table: CudaSlice<u64>,
+    /// Where its row blocks count the strips that are done; 0 for the memory that all matrices share.
+    arrived: u64,
+    /// What the description points to; none where that is another's.
+    _storage: Option<(CudaSlice<u8>, CudaSlice<u64>)>,
 }
 
 /// The kernels for one format, and for the encoder's codecs or for any.
@@ -189,12 +194,47 @@ pub(super) struct Product<'a> {
     pub adds: bool,
 }
 
+/// Where the products of a launch keep what is on its way; device addresses.
+struct Scratch {
+    /// Sums of strips, as many as [`Strips`] counts.
+    partials: u64,
+    /// Zeros, one u32 a row block; zeros again afterwards.
+    arrived: u64,
+    /// One f64 a token.
+    units: u64,
+    /// As [`EncodedKernels::operand`] sizes it.
+    operand: u64,
+}
+
+/// How products are cut.
+struct Strips {
+    /// Blocks of a row that a warp takes at once.
+    strip: usize,
+    /// Strips that a thread block takes at once, of whole row blocks; 0: any.
+    span: usize,
+    /// Sums that strips leave to be added up.
+    n_sums: usize,
+}
+
+/// What a launch of products reads, as [`Activations`] describes it; device addresses.
+struct Input {
+    data: u64,
+    n_tokens: usize,
+    norm: u64,
+    eps: f32,
+}
+
 /// A product as its launch sees it: where bias and output lie, and whether it is added.
 type Job<'a> = (&'a EncodedMatrix, u64, u64, bool);
 
 impl EncodedKernels {
     /// Loads the kernels.
     pub fn new(device: &Device) -> Result<Self> {
+        Self::with_scratch(device, PARTIALS, MAX_ROW_BLOCKS)
+    }
+
+    /// Loads the kernels, with memory for so many partial sums and row blocks: none where launches are given their own.
+    fn with_scratch(device: &Device, n_partials: usize, n_row_blocks: usize) -> Result<Self> {
         let module = device.load(include_bytes!("../../cuda/encoded.fatbin"))?;
         let prepare = |name| device.kernel(&module, name, 0);
         let mut instances = Vec::new();
@@ -220,8 +260,8 @@ impl EncodedKernels {
             prepare_float: prepare("prepare_float_mma")?,
             shared_limit,
             n_multiprocessors: device.n_multiprocessors(),
-            partials: device.zeros(PARTIALS)?,
-            arrived: device.zeros(MAX_ROW_BLOCKS)?,
+            partials: device.zeros(n_partials)?,
+            arrived: device.zeros(n_row_blocks)?,
             units: device.zeros(PRODUCT_TOKENS)?,
         })
     }
@@ -234,7 +274,7 @@ impl EncodedKernels {
 }
 
 /// The format whose kernels read a tensor: codes of `rate` are those of `int8`.
-fn kernel_format(tensor: &EncodedTensor) -> Format {
+fn kernel_format(tensor: &Layout) -> Format {
     if tensor.format().is_integer() { Format::Int8 } else { tensor.format() }
 }
 
@@ -258,7 +298,7 @@ fn is_fast(format: Format, params: &Params) -> bool {
 /// The table as the kernels look it up, by slot. Low half: what the shifted state changes by, from the top bit down, and
 /// the bits to read in bits 0 to 4. High half: the parts where the codes have them (`Codec::assemble` in decode.cuh),
 /// or the symbol.
-fn table_entries(tensor: &EncodedTensor, params: &Params) -> Vec<u64> {
+fn table_entries(tensor: &Layout, params: &Params) -> Vec<u64> {
     let &Params { parts_per_symbol: g, table_bits, raw_bits: k, part_bits: w, bias, .. } = params;
     let format = kernel_format(tensor);
     let fixed = is_fast(format, params);
@@ -283,42 +323,56 @@ fn table_entries(tensor: &EncodedTensor, params: &Params) -> Vec<u64> {
         .collect()
 }
 
+/// Checks that the kernels take a tensor.
+fn check_layout(tensor: &Layout) -> Result<&Params> {
+    let Some(params) = tensor.params() else {
+        return Err(Error::unsupported(
+            "encoded tensor",
+            "its coder is `zstd`, which the GPU does not decode; compress the model with coder `rans`",
+        ));
+    };
+    let geometry = tensor.geometry();
+    // Sums are exact up to 2^31 / 2^14 columns.
+    if geometry.n_cols > 1 << 17 || geometry.n_row_blocks() > PARTIALS / BLOCK_ROWS / PRODUCT_TOKENS {
+        return Err(Error::unsupported(
+            "encoded tensor",
+            format!(
+                "it has {} rows and {} columns; the GPU's kernels take up to {} and {}",
+                geometry.n_rows,
+                geometry.n_cols,
+                PARTIALS / PRODUCT_TOKENS,
+                1 << 17
+            ),
+        ));
+    }
+    Ok(params)
+}
+
 impl EncodedMatrix {
     /// Takes an encoded tensor to the GPU.
     ///
     /// # Errors
     /// A tensor of coder `zstd`, more rows or columns than the kernels count, too little memory.
     pub fn new(device: &Device, kernels: &EncodedKernels, tensor: &EncodedTensor) -> Result<Self> {
-        let Some(params) = tensor.params() else {
-            return Err(Error::unsupported(
-                "encoded tensor",
-                "its coder is `zstd`, which the GPU does not decode; compress the model with coder `rans`",
-            ));
-        };
-        let geometry = tensor.geometry();
-        // Sums are exact up to 2^31 / 2^14 columns.
-        if geometry.n_cols > 1 << 17 || geometry.n_row_blocks() > PARTIALS / BLOCK_ROWS / PRODUCT_TOKENS {
-            return Err(Error::unsupported(
-                "encoded tensor",
-                format!(
-                    "it has {} rows and {} columns; the GPU's kernels take up to {} and {}",
-                    geometry.n_rows,
-                    geometry.n_cols,
-                    PARTIALS / PRODUCT_TOKENS,
-                    1 << 17
-                ),
-            ));
-        }
+        let layout = tensor.layout();
+        let entries = table_entries(&layout, check_layout(&layout)?);
         let stream = device.stream();
         let data = stream.clone_htod(&tensor.bytes()[..]).map_err(|e| device.out_of_memory(e, tensor.bytes().len()))?;
-        let entries = table_entries(tensor, params);
         let table = stream.clone_htod(&entries).map_err(|e| device.out_of_memory(e, 8 * entries.len()))?;
+        let mut matrix = Self::describe(kernels, &layout, data.device_ptr(stream).0, table.device_ptr(stream).0)?;
+        matrix._storage = Some((data, table));
+        Ok(matrix)
+    }
+
+    /// A matrix whose bytes lie at `base` and its table at `table`.
+    fn describe(kernels: &EncodedKernels, tensor: &Layout, base: u64, table: u64) -> Result<Self> {
+        let params = check_layout(tensor)?;
+        let geometry = tensor.geometry();
         let sections = tensor.sections();
-        let (base, _) = data.device_ptr(stream);
         let at = |range: &std::ops::Range<usize>| base + range.start as u64;
         let patched = !sections.patches.is_empty();
         let description = Description {
-            table: table.device_ptr(stream).0,
+            table,
             stream: at(&sections.stream),
             offsets: at(&sections.offsets),
             raw: at(&sections.raw),
@@ -343,8 +397,8 @@ impl EncodedMatrix {
         let fast = is_fast(format, params);
         let kernels = kernels.instances[2 * format_index(format) + usize::from(!fast)].clone();
         let codec = if fast { g << 4 | k } else { 0 };
-        let bytes = (tensor.bytes().len() + 8 * entries.len()) as u64;
-        Ok(Self { format, description, bytes, kernels, codec, _data: data, _table: table })
+        let bytes = (tensor.n_bytes() + (8 << params.table_bits)) as u64;
+        Ok(Self { format, description, bytes, kernels, codec, arrived: 0, _storage: None })
     }
 
     /// Rows.
@@ -364,6 +418,11 @@ impl EncodedMatrix {
 
     fn n_row_blocks(&self) -> usize {
         self.n_rows().div_ceil(BLOCK_ROWS)
+    }
+
+    /// Strips of a row, where each is so many blocks.
+    fn n_strips(&self, strip: usize) -> usize {
+        (self.description.n_col_blocks as usize).div_ceil(strip)
     }
 
     fn table_bytes(&self) -> u32 {
@@ -478,13 +537,26 @@ impl EncodedKernels {
     ) -> Result<()> {
         check_len("tokens", tokens.len(), n_tokens)?;
         check_len("gathered rows", out.len(), n_tokens * matrix.n_cols())?;
-        let mut launch = Launch { n_tasks: 1, n_tokens: n_tokens as u32, ..Default::default() };
-        launch.tokens = tokens.device_ptr(device.stream()).0;
-        let out = out.device_ptr_mut(device.stream()).0;
+        let (tokens, out) = (tokens.device_ptr(device.stream()).0, out.device_ptr_mut(device.stream()).0);
+        // SAFETY: the buffers were checked.
+        unsafe { self.gather_at(device, matrix, tokens, n_tokens, out) }
+    }
+
+    /// # Safety
+    /// As many tokens and rows have room at the addresses.
+    unsafe fn gather_at(
+        &self,
+        device: &Device,
+        matrix: &EncodedMatrix,
+        tokens: u64,
+        n_tokens: usize,
+        out: u64,
+    ) -> Result<()> {
+        let mut launch = Launch { n_tasks: 1, n_tokens: n_tokens as u32, tokens, ..Default::default() };
         launch.tasks[0] = Task { matrix: matrix.description, out, codec: matrix.codec, ..Default::default() };
         let shared_bytes = matrix.table_bytes() + RING_BYTES;
         let grid = Grid { blocks: (matrix.description.n_col_blocks, n_tokens as u32, 1), threads: 32, shared_bytes };
-        // SAFETY: as in `launch`; the buffers were checked.
+        // SAFETY: as in `launch`; the buffers are the caller's promise.
         unsafe { device.launch(&matrix.kernels.gather_rows, grid, &launch) }
     }
 
@@ -555,32 +627,50 @@ impl EncodedKernels {
         gated: bool,
     ) -> Result<()> {
         let stream = device.stream();
-        let (n_cols, n_tokens) = (jobs[0].0.n_cols(), x.n_tokens as u32);
+        let scratch = Scratch {
+            partials: self.partials.device_ptr(stream).0,
+            arrived: self.arrived.device_ptr(stream).0,
+            units: self.units.device_ptr(stream).0,
+            operand: operand.data.device_ptr_mut(stream).0,
+        };
+        let data = x.data.device_ptr(stream).0 + (4 * x.first * jobs[0].0.n_cols()) as u64;
+        let (norm, eps) = x.norm.map_or((0, 0.0), |(weight, eps)| (weight.device_ptr(stream).0, eps));
+        let input = Input { data, n_tokens: x.n_tokens, norm, eps };
+        // SAFETY: the buffers were checked; what is shared has room for the largest launch.
+        unsafe { self.launch_products_at(device, &scratch, &input, jobs, gated) }
+    }
+
+    /// One launch; the jobs share kernels.
+    ///
+    /// # Safety
+    /// Activations, biases, outputs and scratch have the room that [`Self::product`] describes and [`Strips`] counts.
+    unsafe fn launch_products_at(
+        &self,
+        device: &Device,
+        scratch: &Scratch,
+        input: &Input,
+        jobs: &[Job<'_>],
+        gated: bool,
+    ) -> Result<()> {
+        let &Input { mut data, n_tokens, norm, eps } = input;
+        let n_cols = jobs[0].0.n_cols();
         let is_int8 = jobs[0].0.format == Format::Int8;
         let (tiles, kernel) = match n_tokens {
             1 => (0, 0),
             2..=8 => (1, 1),
             _ => (2, 2),
         };
-        let units = self.units.device_ptr(stream).0;
-        let mut data = x.data.device_ptr(stream).0 + (4 * x.first * n_cols) as u64;
+        let (units, n_tokens) = (scratch.units, n_tokens as u32);
         if n_tokens > 1 {
             let prepare = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
             let grid = Grid { blocks: (8 * tiles, 1, 1), threads: 1024, shared_bytes: 0 };
-            let out = operand.data.device_ptr_mut(stream).0;
+            let out = scratch.operand;
             let params = Prepare { x: data, out, units, n_tokens, n_cols: n_cols as u32 };
-            // SAFETY: an operand has room for sixteen tokens of `max_cols` columns.
+            // SAFETY: an operand has room for sixteen tokens of `n_cols` columns.
             unsafe { device.launch(prepare, grid, &params)? };
             data = out;
         }
-        // One token's activations are brought into shared memory, those for integers as two bytes; with what a sum is worth.
-        let block_bytes = n_cols.next_multiple_of(32) as u32 * if is_int8 { 2 } else { 4 } + 16;
-        let needs = match (n_tokens, is_int8) {
-            (1, _) => Needs { tile_bytes: 256, block_bytes, warps: 32, splits: true },
-            (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: 16, splits: false },
-            (_, false) => Needs { tile_bytes: 2048, block_bytes: 0, warps: 16, splits: false },
-        };
-        let (norm, eps) = x.norm.map_or((0, 0.0), |(weight, eps)| (weight.device_ptr(stream).0, eps));
+        let needs = product_needs(n_tokens as usize, is_int8, n_cols);
         let mut launch = Launch {
             n_tasks: jobs.len() as u32,
             n_tokens,
@@ -591,44 +681,63 @@ impl EncodedKernels {
             gated: gated.into(),
             ..Default::default()
         };
-        self.add_tasks(device, &mut launch, jobs, needs)?;
-        // SAFETY: the buffers were checked.
+        self.add_tasks(scratch, &mut launch, jobs, needs)?;
+        // SAFETY: the buffers are the caller's promise.
         unsafe { self.launch(device, &jobs[0].0.kernels.product[kernel], launch, needs) }
     }
 
-    /// Sets the tasks of products: how many blocks of a row a warp takes, and where its sums go. Short strips keep all
-    /// warps busy, long ones leave fewer sums to add up.
-    fn add_tasks(&self, device: &Device, launch: &mut Launch, jobs: &[Job<'_>], needs: Needs) -> Result<()> {
-        let stream = device.stream();
-        let (partials, arrived) = (self.partials.device_ptr(stream).0, self.arrived.device_ptr(stream).0);
+    /// How the products of one launch are cut into strips. Short strips keep all warps busy, long ones leave fewer sums to add
+    /// up.
+    fn strips<'m>(
+        &self,
+        matrices: impl Iterator<Item = &'m EncodedMatrix> + Clone,
+        n_tokens: usize,
+        needs: Needs,
+    ) -> Result<Strips> {
         let all_warps = (self.n_multiprocessors * needs.warps) as usize;
-        let sums = BLOCK_ROWS * launch.n_tokens as usize;
-        let of_row = |m: &EncodedMatrix, strip: usize| (m.description.n_col_blocks as usize).div_ceil(strip);
-        let n_strips = |strip: usize| jobs.iter().map(|(m, ..)| m.n_row_blocks() * of_row(m, strip)).sum::<usize>();
+        let sums = BLOCK_ROWS * n_tokens;
+        let n_strips = |strip: usize| matrices.clone().map(|m| m.n_row_blocks() * m.n_strips(strip)).sum::<usize>();
         // The slowest warp's blocks, and a third of one's time for the end of each strip.
         let cost = |strip: usize| n_strips(strip).div_ceil(all_warps) * (3 * strip + 1);
+        let widest = matrices.clone().map(|m| m.description.n_col_blocks as usize).max().unwrap_or(1);
+        let strips = (1..=widest).filter(|&strip| n_strips(strip) * sums <= PARTIALS);
+        let n_row_blocks: usize = matrices.clone().map(EncodedMatrix::n_row_blocks).sum();
         // Where a thread block can have whole row blocks, all of one round, it adds up their strips by itself.
-        let per_row = of_row(jobs[0].0, 1);
-        let n_row_blocks: usize = jobs.iter().map(|(m, ..)| m.n_row_blocks()).sum();
-        let table_bytes = jobs.iter().map(|(m, ..)| m.table_bytes()).max().unwrap_or(0);
+        let per_row = matrices.clone().next().map_or(1, |m| m.n_strips(1));
+        let table_bytes = matrices.clone().map(EncodedMatrix::table_bytes).max().unwrap_or(0);
         let rows_at_once = n_row_blocks.div_ceil(self.n_multiprocessors as usize);
-        let alone = launch.n_tokens == 1
-            && jobs.iter().all(|(m, ..)| of_row(m, 1) == per_row)
+        let alone = n_tokens == 1
+            && matrices.clone().all(|m| m.n_strips(1) == per_row)
             && rows_at_once < MAX_BARRIERS
             && per_row * rows_at_once <= needs.fit(table_bytes, self.shared_limit) as usize;
-        let span = if alone { per_row * rows_at_once } else { 0 };
-        let widest = jobs.iter().map(|(m, ..)| m.description.n_col_blocks as usize).max().unwrap_or(1);
-        let strips = (1..=widest).filter(|&strip| n_strips(strip) * sums <= PARTIALS);
-        let strip = if alone { 1 } else { strips.min_by_key(|&strip| cost(strip)).unwrap_or(widest) };
+        let (strip, span) = match alone {
+            true => (1, per_row * rows_at_once),
+            false => (strips.min_by_key(|&strip| cost(strip)).unwrap_or(widest), 0),
+        };
+        let n_sums = n_strips(strip) * sums;
+        if n_sums > PARTIALS || n_row_blocks > MAX_ROW_BLOCKS {
+            return Err(Error::Parameter(format!(
+                "{} matrices have {n_row_blocks} row blocks together; one launch takes up to {}: give it fewer",
+                matrices.count(),
+                PARTIALS / sums
+            )));
+        }
+        Ok(Strips { strip, span, n_sums })
+    }
+
+    /// Sets the tasks of products: how many blocks of a row a warp takes, and where its sums go.
+    fn add_tasks(&self, scratch: &Scratch, launch: &mut Launch, jobs: &[Job<'_>], needs: Needs) -> Result<()> {
+        let n_tokens = launch.n_tokens as usize;
+        let Strips { strip, span, .. } = self.strips(jobs.iter().map(|job| job.0), n_tokens, needs)?;
         let (mut n_sums, mut n_row_blocks) = (0, 0);
         for (task, &(m, bias, out, adds)) in launch.tasks.iter_mut().zip(jobs) {
-            let n_strips = of_row(m, strip);
+            let n_strips = m.n_strips(strip);
             *task = Task {
                 matrix: m.description,
                 out,
                 bias,
-                partials: partials + 8 * n_sums as u64,
-                arrived: arrived + 4 * n_row_blocks as u64,
+                partials: scratch.partials + 8 * n_sums as u64,
+                arrived: if m.arrived != 0 { m.arrived } else { scratch.arrived + 4 * n_row_blocks as u64 },
                 strip: strip as u32,
                 n_strips: n_strips as u32,
                 span: span as u32,
@@ -636,18 +745,22 @@ impl EncodedKernels {
                 adds: adds.into(),
                 ..Default::default()
             };
-            n_sums += m.n_row_blocks() * n_strips * sums;
+            n_sums += m.n_row_blocks() * n_strips * BLOCK_ROWS * n_tokens;
             // The two of a gated product count together.
             n_row_blocks += if launch.gated == 0 { m.n_row_blocks() } else { 0 };
         }
-        if n_sums > PARTIALS || n_row_blocks > MAX_ROW_BLOCKS {
-            return Err(Error::Parameter(format!(
-                "{} matrices have {n_row_blocks} row blocks together; one launch takes up to {}: give it fewer",
-                jobs.len(),
-                PARTIALS / sums
-            )));
-        }
         Ok(())
+    }
+}
+
+/// What a product of `n_tokens` tokens of `n_cols` columns needs.
+fn product_needs(n_tokens: usize, is_int8: bool, n_cols: usize) -> Needs {
+    // One token's activations are brought into shared memory, those for integers as two bytes; with what a sum is worth.
+    let block_bytes = n_cols.next_multiple_of(32) as u32 * if is_int8 { 2 } else { 4 } + 16;
+    match (n_tokens, is_int8) {
+        (1, _) => Needs { tile_bytes: 256, block_bytes, warps: 32, splits: true },
+        (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: 16, splits: false },
+        (_, false) => Needs { tile_bytes: 2048, block_bytes: 0, warps: 16, splits: false },
     }
 }
 

@@ -12,3 +12,4 @@ mod ops;
 
 pub use backend::{Batch, Buffer, Cache, CudaBackend, Matrix, Recording, Vector};
 pub use device::Device;
+pub use encoded::{External, ExternalMatrix};
