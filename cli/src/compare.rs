@@ -198,7 +198,7 @@ fn run_on(args: &Args, machine: &impl Load) -> CliResult {
     for layers in &layers {
         for format in &formats {
             eprintln!("[{}/{n_forms}] {format}, layers {layers}", forms.len() + 1);
-            forms.push(bench.try_out(&source, &checkpoint, *format, layers, &own)?);
+            forms.push(bench.try_out(&source, *format, layers, &own)?);
         }
     }
     let outcome = Outcome {
@@ -278,15 +278,8 @@ struct Told {
 }
 
 impl<L: Load> Bench<'_, L> {
-    fn try_out(
-        &self,
-        source: &Path,
-        checkpoint: &Checkpoint,
-        format: Variant,
-        layers: &Layers,
-        own: &[Told],
-    ) -> Result<Form, Error> {
-        let trial = Trial::new(source, &format.options(checkpoint, layers)?)?;
+    fn try_out(&self, source: &Path, format: Variant, layers: &Layers, own: &[Told]) -> Result<Form, Error> {
+        let trial = Trial::new(source, &format.options(layers))?;
         let cpus: Vec<Cpu> = Cpu::available().collect();
         let proof = archive::verify(&trial.path(), Some(source), &cpus, &Bar::new("verifying", Unit::Bytes))?.status;
         let started = Instant::now();

@@ -1,7 +1,7 @@
 //! `codecllm compress`.
 
 use crate::hub;
-use crate::model::{Load, Machine, MachineArgs};
+use crate::model::{Load, Machine, MachineArgs, TALE, read_text};
 use crate::output::{self, Bar, CliResult, Unit};
 use codecllm_codec::archive::{self, CompressOptions, Layers, Progress, RateTarget, Summary, partial_path};
 use codecllm_codec::{Coder, EncodeOptions, Error, Format, Prefer, ScaleMode};
@@ -147,8 +147,6 @@ const KLD_TOLERANCE: f64 = 0.03;
 const KLD_ARCHIVES: usize = 8;
 /// Tokens that a divergence is measured on.
 const KLD_TOKENS: usize = 8192;
-/// The text that it is measured on where the user gives none.
-const KLD_TEXT: &str = include_str!("../../assets/tale.txt");
 
 /// A model that is to be compressed, on the machine that runs it.
 struct Work<'a, L: Load> {
@@ -260,10 +258,6 @@ fn go_on(_: usize) -> ControlFlow<()> {
     if output::is_stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
 }
 
-fn read_text(path: &Path) -> Result<String, output::Error> {
-    std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()).into())
-}
-
 /// A number of bytes: `4GB`, `1.5 GiB`, `700MB`, or a plain number.
 fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).trim_end();
@@ -360,7 +354,7 @@ fn run_on(args: Args, machine: &impl Load) -> CliResult {
     }
     let text_s = start.elapsed().as_secs_f64();
     if let Some(kld) = args.target.kld {
-        let text = args.kld_text.as_deref().map_or_else(|| Ok(KLD_TEXT.into()), read_text)?;
+        let text = args.kld_text.as_deref().map_or_else(|| Ok(TALE.into()), read_text)?;
         options.rate = Some(RateTarget::Bits(work.search_kld(&options, kld, &text)?));
     }
     let summary = work.compress(&args.output, &options, "compressing").inspect_err(|e| {

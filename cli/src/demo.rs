@@ -1,6 +1,6 @@
 //! `codecllm demo`: the whole story, on a model that the program carries with it.
 
-use crate::model::{Load, Machine, MachineArgs};
+use crate::model::{Load, Machine, MachineArgs, TALE};
 use crate::output::{self, CliResult, Error};
 use codecllm_codec::archive::{self, CompressOptions, FileRecord, Layers, PROVENANCE_FILE, Provenance, Silent, Status};
 use codecllm_codec::checkpoint::{CONFIG_FILE, Checkpoint, SINGLE_FILE};
@@ -25,8 +25,6 @@ const ARCHIVE: [(&str, &[u8]); 5] = [
     ("tokenizer.json", include_bytes!("../../assets/tales-5m/tokenizer.json")),
     ("tokenizer_config.json", include_bytes!("../../assets/tales-5m/tokenizer_config.json")),
 ];
-/// What perplexity and divergence are measured on.
-const TEXT: &str = include_str!("../../assets/tale.txt");
 const PROMPT: &str = GREEDY_PROMPTS[0];
 const FORMATS: [Format; 3] = [Format::Bf16, Format::Fp8, Format::Int8];
 /// Generated tokens: of the text that is shown and timed, and of each continuation that is compared.
@@ -222,7 +220,7 @@ impl<B: Backend> Contender<'_, B> {
         status: Option<Status>,
     ) -> Result<Row, Error> {
         let go_on = |_| ControlFlow::Continue(());
-        let tokens = text_tokens(tokenizer, TEXT)?;
+        let tokens = text_tokens(tokenizer, TALE)?;
         let evaluation = evaluate(&self.model, Some(&baseline.model), &tokens, DEFAULT_WINDOW, go_on)?;
         let comparison = evaluation.comparison.ok_or("the evaluation has no comparison")?;
         let greedy = compare_greedy(&self.model, &baseline.model, tokenizer, GREEDY_TOKENS, go_on)?;

@@ -1,6 +1,6 @@
 //! `codecllm eval`.
 
-use crate::model::{Load, Machine, MachineArgs};
+use crate::model::{Load, Machine, MachineArgs, read_text};
 use crate::output::{self, CliResult};
 use codecllm_engine::evaluate::{
     DEFAULT_GREEDY_TOKENS, DEFAULT_WINDOW, Evaluation, GreedyComparison, compare_greedy, text_tokens,
@@ -86,7 +86,7 @@ pub fn run(args: Args) -> CliResult {
 }
 
 fn run_on(args: &Args, machine: &impl Load) -> CliResult {
-    let text = std::fs::read_to_string(&args.text).map_err(|e| format!("{}: {e}", args.text.display()))?;
+    let text = read_text(&args.text)?;
     let (dir, model) = machine.open(&args.model)?;
     let tokenizer = Tokenizer::open(&dir)?;
     let baseline = args.baseline.as_ref().map(|name| machine.open(name)).transpose()?.map(|(_, model)| model);

@@ -1,19 +1,15 @@
 //! What `compare` and `sweep` share: forms of a model, made in a temporary directory, and their quality beside the model itself.
 
-use crate::model::Load;
+use crate::model::{Load, TALE, read_text};
 use crate::output::{self, Bar, Error, Unit};
 use codecllm_codec::archive::{self, CompressOptions, Layers, RateTarget};
-use codecllm_codec::{Checkpoint, Dtype, EncodeOptions, Format, ScaleMode};
+use codecllm_codec::{Checkpoint, EncodeOptions, Format, ScaleMode};
 use codecllm_engine::evaluate::{DEFAULT_WINDOW, text_tokens};
 use codecllm_engine::{Model, Tokenizer, evaluate};
-use half::{bf16, f16};
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-
-/// The text where the user gives none.
-const DEFAULT_TEXT: &str = include_str!("../../assets/tale.txt");
 
 /// A format with its setting, as the user spells it: `bf16`, `int8`, `int8:tensor`, `fp8`, `rate:4.5`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -58,31 +54,15 @@ impl fmt::Display for Variant {
 }
 
 impl Variant {
-    /// How to compress `source` so. Bits are those of the selected matrices; where all are selected, of the whole model.
-    pub fn options(&self, source: &Checkpoint, layers: &Layers) -> Result<CompressOptions, Error> {
-        let target = |bits: f64| -> Result<RateTarget, Error> {
-            if matches!(layers, Layers::All) {
-                return Ok(RateTarget::Bits(bits));
-            }
-            let selected = layers.select(source)?;
-            let mut bytes = 0.0;
-            for tensor in source.tensors() {
-                bytes += match selected.contains(tensor.name.as_str()) {
-                    true => bits / 8.0 * tensor.n_elements() as f64,
-                    false => tensor.n_bytes as f64,
-                };
-                // About what the file's header takes for it.
-                bytes += (tensor.name.len() + 90) as f64;
-            }
-            const PROVENANCE_BYTES: f64 = 2500.0;
-            Ok(RateTarget::Bytes((bytes + PROVENANCE_BYTES) as u64))
-        };
-        Ok(CompressOptions {
+    /// How to compress a model so. Bits are those of the selected matrices; where all are selected, of the whole model.
+    pub fn options(&self, layers: &Layers) -> CompressOptions {
+        let target = if matches!(layers, Layers::All) { RateTarget::Bits } else { RateTarget::MatrixBits };
+        CompressOptions {
             encode: EncodeOptions { format: self.format, scale: self.scale, ..EncodeOptions::default() },
-            rate: self.bits.map(target).transpose()?,
+            rate: self.bits.map(target),
             layers: layers.clone(),
             ..CompressOptions::default()
-        })
+        }
     }
 }
 
@@ -101,8 +81,8 @@ impl TextArgs {
     /// The text's tokens.
     pub fn read(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>, Error> {
         let text = match &self.text {
-            Some(path) => std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?,
-            None => DEFAULT_TEXT.into(),
+            Some(path) => read_text(path)?,
+            None => TALE.into(),
         };
         let mut tokens = text_tokens(tokenizer, &text)?;
         tokens.truncate(self.tokens);
@@ -189,16 +169,6 @@ pub fn check_stopped() -> Result<(), Error> {
     match output::is_stopped() {
         true => Err(codecllm_codec::Error::Interrupted.into()),
         false => Ok(()),
-    }
-}
-
-/// The values of BF16, F16 or F32 elements.
-pub fn floats(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
-    let pairs = || bytes.as_chunks::<2>().0.iter();
-    match dtype {
-        Dtype::Bf16 => pairs().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
-        Dtype::F16 => pairs().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
-        _ => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
     }
 }
 

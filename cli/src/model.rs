@@ -13,6 +13,14 @@ use codecllm_engine::{Config, LoadOptions, Model, TensorSource};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+/// The text that models are measured on where the user gives none.
+pub const TALE: &str = include_str!("../../assets/tale.txt");
+
+/// The text in a file.
+pub fn read_text(path: &Path) -> Result<String, Error> {
+    std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()).into())
+}
+
 /// Flags of the machine that a model runs on.
 #[derive(clap::Args)]
 pub struct MachineArgs {

@@ -258,7 +258,7 @@ struct Sweep<'a, L: Load> {
 impl<L: Load> Sweep<'_, L> {
     fn archive(&self, variant: &Variant) -> Result<Measured, Error> {
         check_stopped()?;
-        let trial = Trial::new(self.source, &variant.options(self.checkpoint, self.layers)?)?;
+        let trial = Trial::new(self.source, &variant.options(self.layers))?;
         let model = self.baseline.machine.load(&trial.path())?;
         Ok(Measured {
             name: variant.to_string(),

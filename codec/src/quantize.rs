@@ -150,8 +150,8 @@ pub fn code_value(format: Format, code: u16) -> f32 {
     }
 }
 
-/// Reads one row of a source tensor as float32; `row.len()` is the number of columns.
-pub(crate) fn read_row(dtype: Dtype, bytes: &[u8], row: &mut [f32]) {
+/// Widens elements of a source tensor (BF16, F16 or F32) to float32, `row.len()` of them.
+pub fn read_row(dtype: Dtype, bytes: &[u8], row: &mut [f32]) {
     match dtype {
         Dtype::Bf16 => {
             bytes.as_chunks::<2>().0.iter().zip(row).for_each(|(b, v)| *v = bf16::from_le_bytes(*b).to_f32())

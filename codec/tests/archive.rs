@@ -776,6 +776,18 @@ fn rate_depends_on_source_and_target_alone() {
 }
 
 #[test]
+fn rate_may_count_the_selected_matrices_alone() {
+    let source = large_model();
+    let temp = TempDir::new().unwrap();
+    let archive = temp.path().join("a");
+    let layers: Layers = "down_proj|q_proj".parse().unwrap();
+    let options = CompressOptions { layers, ..rate_options(RateTarget::MatrixBits(3.5)) };
+    compress(source.path(), &archive, &options, &Silent).unwrap();
+    let found = inspect(&archive, &Silent).unwrap().encoded.bits_per_weight;
+    assert!((found / 3.5 - 1.0).abs() < 0.01, "{found} bits/weight instead of 3.5");
+}
+
+#[test]
 fn rate_says_what_it_can_reach() {
     let source = large_model();
     let target = TempDir::new().unwrap();

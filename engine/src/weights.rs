@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use bytes::Bytes;
 use codecllm_codec::checkpoint::{Checkpoint, Dtype, Tensor};
 use codecllm_codec::encoded::{Checks, EncodedTensor};
-use half::{bf16, f16};
+use codecllm_codec::quantize::read_row;
 use std::collections::HashMap;
 
 /// Where a model's tensors come from: a checkpoint, an archive, or a table of synthetic ones.
@@ -105,12 +105,9 @@ impl<'a> Loader<'a> {
         let element = dense_type(name, &tensor)?;
         check_shape(name, &[len], &tensor.shape)?;
         check_bytes(name, &tensor, element)?;
-        let pairs = || tensor.data.as_chunks::<2>().0.iter();
-        Ok(match element {
-            DenseType::Bf16 => pairs().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
-            DenseType::F16 => pairs().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
-            DenseType::F32 => tensor.data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-        })
+        let mut values = vec![0.0; len];
+        read_row(tensor.dtype, &tensor.data, &mut values);
+        Ok(values)
     }
 
     fn required(&self, name: &str) -> Result<Tensor> {

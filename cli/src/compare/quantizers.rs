@@ -1,12 +1,13 @@
 //! `codecllm compare --quantizers`: where rounding errors fall, and how many of the codes are used.
 
 use super::Args;
-use crate::experiment::{Trial, Variant, align, check_stopped, floats};
+use crate::experiment::{Trial, Variant, align, check_stopped};
 use crate::hub;
 use crate::output::{self, CliResult, Error};
 use crate::report::{Axis, Plot, Point, Report, Series, Style};
 use codecllm_codec::archive::Layers;
 use codecllm_codec::checkpoint::Tensor;
+use codecllm_codec::quantize::read_row;
 use codecllm_codec::{Checkpoint, Checks, Cpu, EncodedTensor};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -93,7 +94,7 @@ pub fn run(args: &Args) -> CliResult {
     let mut quantizers = Vec::new();
     for (i, variant) in args.quantizers.iter().enumerate() {
         eprintln!("[{}/{}] {variant}", i + 1, args.quantizers.len());
-        let trial = Trial::new(&source, &variant.options(&checkpoint, &layers)?)?;
+        let trial = Trial::new(&source, &variant.options(&layers))?;
         quantizers.push(measure(variant, &checkpoint, &trial, &names)?);
     }
     let outcome = Outcome {
@@ -175,10 +176,12 @@ fn errors(original: &Tensor, encoded: &EncodedTensor) -> Result<Vec<Squares>, Er
         let mut values = vec![0.0; rows.len() * n_cols];
         encoded.decode_rows(Cpu::detect(), rows.clone(), &mut values)?;
         let bytes = &original.data[rows.start * row_bytes..rows.end * row_bytes];
+        let mut row = vec![0f32; n_cols];
         let squares = values.chunks(n_cols).zip(bytes.chunks(row_bytes)).map(|(values, bytes)| {
             let mut squares = Squares::default();
-            for (found, weight) in values.iter().zip(floats(original.dtype, bytes)) {
-                let (found, weight) = (f64::from(*found), f64::from(weight));
+            read_row(original.dtype, bytes, &mut row);
+            for (found, weight) in values.iter().zip(&row) {
+                let (found, weight) = (f64::from(*found), f64::from(*weight));
                 squares.weights += weight * weight;
                 squares.errors += (weight - found) * (weight - found);
             }

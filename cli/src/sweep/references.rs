@@ -8,8 +8,8 @@
 //!
 //! The last block of a row may be shorter; llama.cpp would take another type for such a matrix.
 
-use crate::experiment::floats;
 use codecllm_codec::checkpoint::{Checkpoint, Dtype, Tensor};
+use codecllm_codec::quantize::read_row;
 use codecllm_engine::TensorSource;
 use half::f16;
 use rayon::prelude::*;
@@ -221,7 +221,8 @@ impl TensorSource for Rounded<'_> {
         let mut data = vec![0u8; 4 * n_rows * n_cols];
         let rows = tensor.data.par_chunks(tensor.data.len() / n_rows);
         data.par_chunks_mut(4 * n_cols).zip(rows).for_each(|(out, bytes)| {
-            let mut row = floats(tensor.dtype, bytes);
+            let mut row = vec![0f32; n_cols];
+            read_row(tensor.dtype, bytes, &mut row);
             self.reference.round_row(&mut row);
             out.as_chunks_mut::<4>().0.iter_mut().zip(row).for_each(|(out, v)| *out = v.to_le_bytes());
         });

@@ -53,9 +53,17 @@ pub struct Calibrated {
 pub fn plan(src: &Path, options: &CompressOptions, progress: &dyn Progress) -> Result<Vec<PlannedTensor>> {
     let source = Checkpoint::open(src)?;
     refuse_compressed(&source, read_config(src)?.as_ref())?;
-    let selected = options.layers.select(&source)?;
+    plan_selected(&source, &options.layers.select(&source)?, options, progress)
+}
+
+fn plan_selected(
+    source: &Checkpoint,
+    selected: &HashSet<&str>,
+    options: &CompressOptions,
+    progress: &dyn Progress,
+) -> Result<Vec<PlannedTensor>> {
     match (options.encode.format, options.rate) {
-        (Format::Rate, Some(rate)) => choose_steps(&source, &selected, rate, &options.encode, progress),
+        (Format::Rate, Some(rate)) => choose_steps(source, selected, rate, &options.encode, progress),
         (Format::Rate, None) => {
             Err(Error::Parameter("format `rate` needs a target: bits per weight, a size, or a KL divergence".into()))
         }
@@ -105,7 +113,8 @@ pub fn compress(src: &Path, dst: &Path, options: &CompressOptions, progress: &dy
             calibrated.others.clone()
         }
         (None, Format::Rate, _) | (None, _, Some(_)) => {
-            plan(src, options, progress)?.into_iter().map(|planned| (planned.name, planned.options)).collect()
+            let planned = plan_selected(&source, &selected, options, progress)?;
+            planned.into_iter().map(|planned| (planned.name, planned.options)).collect()
         }
         _ => HashMap::new(),
     };

@@ -20,6 +20,8 @@ use std::collections::{HashMap, HashSet};
 pub enum RateTarget {
     /// Bits a weight: all bytes of the archive's weight files over all weights of the model.
     Bits(f64),
+    /// Bits a weight of the selected matrices alone: all of their bytes over all of their weights.
+    MatrixBits(f64),
     /// Bytes of the archive's weight files.
     Bytes(u64),
     /// θ itself: a step of this many standard deviations for a tensor of weight 1, whatever size results.
@@ -30,6 +32,7 @@ impl std::fmt::Display for RateTarget {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Bits(bits) => write!(f, "{bits} bits/weight"),
+            Self::MatrixBits(bits) => write!(f, "{bits} bits/weight of the selected matrices"),
             Self::Bytes(bytes) => write!(f, "{bytes} bytes"),
             Self::Step(step) => write!(f, "step {step}"),
         }
@@ -156,7 +159,7 @@ pub(super) fn choose_steps(
     options: &EncodeOptions,
     progress: &dyn Progress,
 ) -> Result<Vec<PlannedTensor>> {
-    let sample_weights = (SAMPLE_WEIGHTS / selected.len().max(1)).max(MIN_SAMPLE);
+    let sample_weights = sample_weights(selected.len());
     let mut candidates = Vec::new();
     for info in source.tensors().iter().filter(|t| selected.contains(t.name.as_str())) {
         check_stopped(progress)?;
@@ -164,22 +167,12 @@ pub(super) fn choose_steps(
         let tensor = source.tensor(&info.name)?;
         candidates.push(Candidate::new(&tensor, role, sample_weights).map_err(|e| e.in_tensor(&info.name))?);
     }
-    let theta = match target {
-        RateTarget::Step(theta) => theta,
-        RateTarget::Bits(_) | RateTarget::Bytes(_) => {
-            let n_weights: f64 = source.tensors().iter().map(|t| t.n_elements() as f64).sum();
-            let wanted = match target {
-                RateTarget::Bytes(bytes) => 8.0 * bytes as f64,
-                RateTarget::Bits(bits) => bits * n_weights,
-                RateTarget::Step(_) => unreachable!("handled above"),
-            };
-            let kept = source.tensors().iter().filter(|t| !selected.contains(t.name.as_str()));
-            let kept: f64 = kept.map(|t| 8.0 * t.n_bytes as f64).sum();
-            let listed: usize = source.tensors().iter().map(|t| t.name.len() + LISTING_BYTES).sum();
-            let kept = kept + 8.0 * (listed + PROVENANCE_BYTES) as f64;
-            search(&mut candidates, wanted, n_weights, kept, options, progress)?
-        }
-    };
+    let n_weights = source.tensors().iter().map(|t| t.n_elements() as f64).sum();
+    let kept = source.tensors().iter().filter(|t| !selected.contains(t.name.as_str()));
+    let kept: f64 = kept.map(|t| 8.0 * t.n_bytes as f64).sum();
+    let listed: usize = source.tensors().iter().map(|t| t.name.len() + LISTING_BYTES).sum();
+    let kept = kept + 8.0 * (listed + PROVENANCE_BYTES) as f64;
+    let theta = search(&mut candidates, target, n_weights, kept, options, progress)?;
     let is_sized = !matches!(target, RateTarget::Step(_));
     candidates
         .par_iter()
@@ -201,7 +194,7 @@ pub fn steps_of(
     options: &EncodeOptions,
     progress: &dyn Progress,
 ) -> Result<Vec<EncodeOptions>> {
-    let sample_weights = (SAMPLE_WEIGHTS / tensors.len().max(1)).max(MIN_SAMPLE);
+    let sample_weights = sample_weights(tensors.len());
     let n_rows: HashMap<&str, usize> = tensors.iter().map(|t| (t.name.as_str(), t.shape[0])).collect();
     let mut candidates = Vec::new();
     for tensor in tensors {
@@ -210,24 +203,30 @@ pub fn steps_of(
         candidates.push(Candidate::new(tensor, role, sample_weights).map_err(|e| e.in_tensor(&tensor.name))?);
     }
     let n_weights = candidates.iter().map(|c| c.n_weights as f64).sum();
-    let theta = match target {
-        RateTarget::Step(theta) => theta,
-        RateTarget::Bytes(bytes) => search(&mut candidates, 8.0 * bytes as f64, n_weights, 0.0, options, progress)?,
-        RateTarget::Bits(bits) => search(&mut candidates, bits * n_weights, n_weights, 0.0, options, progress)?,
-    };
+    let theta = search(&mut candidates, target, n_weights, 0.0, options, progress)?;
     Ok(candidates.iter().map(|c| c.options(theta, options)).collect())
 }
 
-/// The θ at which the candidates take `wanted` bits, of which `kept` are those of what is not encoded; `n_weights` are the whole
-/// model's.
+/// Weights that each of `n` tensors' sizes are estimated from.
+fn sample_weights(n: usize) -> usize {
+    (SAMPLE_WEIGHTS / n.max(1)).max(MIN_SAMPLE)
+}
+
+/// The θ that meets the target, where what is not encoded takes `kept` bits; `n_weights` are the whole model's.
 fn search(
     candidates: &mut [Candidate],
-    wanted: f64,
+    target: RateTarget,
     n_weights: f64,
     kept: f64,
     options: &EncodeOptions,
     progress: &dyn Progress,
 ) -> Result<f64> {
+    let wanted = match target {
+        RateTarget::Step(theta) => return Ok(theta),
+        RateTarget::Bits(bits) => bits * n_weights,
+        RateTarget::MatrixBits(bits) => bits * candidates.iter().map(|c| c.n_weights as f64).sum::<f64>() + kept,
+        RateTarget::Bytes(bytes) => 8.0 * bytes as f64,
+    };
     let mut theta = theta_for(candidates, wanted - kept, n_weights, kept)?;
     // The first two looks are at what the encoder chooses and what that costs; the choice then stands.
     for fixed in [false, true, true] {
