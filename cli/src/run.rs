@@ -1,9 +1,10 @@
 //! `codecllm run`.
 
-use crate::model::{self, Load, Machine, MachineArgs};
+use crate::hub;
+use crate::model::{self, Load, Machine, MachineArgs, Purpose};
 use crate::output::{self, CliResult, Error, INTERRUPTED};
 use codecllm_engine::{
-    ChatTemplate, Finish, GenerateOptions, Generation, Message, SamplingOptions, Tokenizer, generate,
+    ChatTemplate, Finish, GenerateOptions, Generation, Logits, MemoryUse, Message, SamplingOptions, Tokenizer, generate,
 };
 use serde::Serialize;
 use std::io::{self, Read, Write};
@@ -79,7 +80,8 @@ const EXAMPLES: &str = "\
 Examples:
   codecllm run tiny.int8 -p 'Once upon a time' -n 64
   codecllm run tiny.int8 --chat -p 'Why is the sky blue?' --temperature 0.7 --top-p 0.95
-  codecllm run tiny.int8 --file letter.txt --stop 'Yours sincerely' --json";
+  codecllm run tiny.int8 --file letter.txt --stop 'Yours sincerely' --json
+  codecllm run tiny.bf16 -p 'Once upon a time' --device cuda --vram 8";
 
 #[derive(Serialize)]
 struct Outcome {
@@ -92,6 +94,8 @@ struct Outcome {
     generate_tok_per_s: Option<f64>,
     peak_memory_bytes: Option<u64>,
     weight_bytes: u64,
+    /// What the model takes of the GPU's memory, with --vram or --cache.
+    gpu_memory: Option<MemoryUse>,
 }
 
 /// Runs the command.
@@ -104,7 +108,7 @@ pub fn run(args: Args) -> CliResult {
 
 fn run_on(args: &Args, machine: &impl Load) -> CliResult {
     let text = args.read_prompt()?;
-    let (dir, model) = machine.open(&args.model)?;
+    let dir = hub::resolve(&args.model, hub::DEFAULT_REVISION)?;
     let tokenizer = Tokenizer::open(&dir)?;
     let prompt = match args.chat {
         true => {
@@ -117,6 +121,8 @@ fn run_on(args: &Args, machine: &impl Load) -> CliResult {
     let options = args.generate_options();
 
     output::catch_ctrl_c()?;
+    let n_positions = prompt.len().saturating_add(options.max_tokens);
+    let model = machine.load_for(&dir, Purpose { n_positions, logits: Logits::Last })?;
     let mut stdout = io::stdout().lock();
     let mut write_error = None;
     let generation = generate(&model, &tokenizer, &prompt, &options, |piece| {
@@ -134,7 +140,7 @@ fn run_on(args: &Args, machine: &impl Load) -> CliResult {
     }
 
     let is_interrupted = generation.finish == Finish::Interrupted && output::is_stopped();
-    let outcome = Outcome::new(generation, model.weight_bytes());
+    let outcome = Outcome::new(generation, model.weight_bytes(), model.memory().copied());
     if args.json {
         output::print_json(&outcome)?;
     } else {
@@ -170,7 +176,7 @@ impl Args {
 }
 
 impl Outcome {
-    fn new(generation: Generation, weight_bytes: u64) -> Self {
+    fn new(generation: Generation, weight_bytes: u64, gpu_memory: Option<MemoryUse>) -> Self {
         Self {
             n_prompt_tokens: generation.n_prompt_tokens,
             n_generated: generation.tokens.len(),
@@ -179,6 +185,7 @@ impl Outcome {
             generate_tok_per_s: generation.generate_tok_per_s(),
             peak_memory_bytes: model::peak_memory_bytes(),
             weight_bytes,
+            gpu_memory,
             text: generation.text,
         }
     }
@@ -194,5 +201,8 @@ impl Outcome {
             speed(self.generate_tok_per_s),
             output::bytes(self.weight_bytes),
         );
+        if let Some(memory) = &self.gpu_memory {
+            eprintln!("{}", model::describe_memory(memory));
+        }
     }
 }

@@ -187,3 +187,25 @@ pub trait Backend: Send + Sync + Sized {
     /// Copies the first `out.len()` values of a buffer to the host, once the operations before it are done.
     fn read(&self, buffer: &Self::Buffer, out: &mut [f32]) -> Result<()>;
 }
+
+/// A backend with memory of its own, in which encoded matrices may be kept decoded, and which can say what all takes.
+pub trait DeviceMemory: Backend {
+    /// The bytes of a matrix's values as BF16, and whether these are its weights to the bit. `None` where it is plain
+    /// already, or has no such form.
+    fn decoded_form(&self, matrix: &Self::Matrix) -> Option<(u64, bool)>;
+
+    /// Puts that form in the place of the encoded one.
+    fn keep_decoded(&self, matrix: &mut Self::Matrix) -> Result<()>;
+
+    /// Bytes that [`Backend::buffer`] allocates.
+    fn buffer_bytes(&self, n_tokens: usize, width: usize) -> u64;
+
+    /// Bytes that [`Backend::cache`] allocates.
+    fn cache_bytes(&self, shape: CacheShape) -> u64;
+
+    /// Bytes that products work in, of the matrices that were taken in so far; without the decoded matrix.
+    fn working_bytes(&self) -> u64;
+
+    /// Most tokens whose products do without a decoded matrix.
+    const FUSED_TOKENS: usize;
+}

@@ -9,7 +9,9 @@ use codecllm_codec::quantize::Codes;
 use codecllm_engine::cuda::{CudaBackend, Device};
 use codecllm_engine::evaluate::GREEDY_PROMPTS;
 use codecllm_engine::weights::Loader;
-use codecllm_engine::{Config, GenerateOptions, LoadOptions, Logits, Model, TensorSource, Tokenizer, generate};
+use codecllm_engine::{
+    CachePolicy, Config, GenerateOptions, LoadOptions, Logits, Model, TensorSource, Tokenizer, generate,
+};
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -106,6 +108,63 @@ fn every_family_agrees_with_the_cpu() {
         let (config, checkpoint) = (Config::open(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
         let Some(cuda) = on_cuda(&config, &checkpoint) else { return };
         compare(name, &on_cpu(&config, &checkpoint), &cuda, 60.min(config.max_positions));
+    }
+}
+
+#[test]
+fn spare_memory_keeps_the_first_layers_decoded() {
+    const N_POSITIONS: usize = 100;
+    let dir = root().join("assets/tales-5m");
+    let config = Config::open(&dir).unwrap();
+    let source = Plain(Checkpoint::open(&dir).unwrap());
+    let Some(plain) = on_cuda(&config, &source) else { return };
+    let tokens: Vec<u32> = (0..N_POSITIONS as u32).map(|i| (i * 7919 + 13) % config.vocab_size as u32).collect();
+    let logits = |model: &Model<CudaBackend>| {
+        let mut cache = model.new_cache(N_POSITIONS).unwrap();
+        let mut logits = model.forward(&tokens[..40], &mut cache, Logits::All).unwrap();
+        tokens[40..60].iter().for_each(|&t| logits.extend(model.forward(&[t], &mut cache, Logits::Last).unwrap()));
+        logits
+    };
+    let expected = logits(&plain);
+    let keep = |policy, budget| {
+        let mut model = on_cuda(&config, &source.0).unwrap();
+        model.keep_decoded(policy, budget, N_POSITIONS, Logits::All).map(|()| model)
+    };
+    let n_layers = config.n_layers;
+    let used = |model: &Model<CudaBackend>| *model.memory().unwrap();
+
+    let encoded = keep(CachePolicy::None, u64::MAX >> 1).unwrap();
+    let least = used(&encoded);
+    assert_eq!((least.n_decoded_layers, least.decoded_bytes), (0, 0));
+    assert_eq!(least.other_weight_bytes, encoded.weight_bytes());
+
+    // All of it: the very model that was never encoded.
+    let all = keep(CachePolicy::Lossless, u64::MAX >> 1).unwrap();
+    assert_eq!((used(&all).n_decoded_layers, all.weight_bytes()), (n_layers, plain.weight_bytes()));
+    assert!(logits(&all) == expected, "the decoded weights are not those of the checkpoint");
+
+    // Some of it.
+    let budget = least.total_bytes() + (used(&all).decoded_bytes - least.other_weight_bytes) / 2;
+    let some = keep(CachePolicy::Lossless, budget).unwrap();
+    let memory = used(&some);
+    assert!((1..n_layers).contains(&memory.n_decoded_layers), "{memory:?}");
+    assert!(memory.total_bytes() <= budget, "{memory:?}");
+    assert_eq!(memory.decoded_bytes + memory.other_weight_bytes, some.weight_bytes());
+    let differences: Vec<f32> = logits(&some).iter().zip(&expected).map(|(a, b)| a - b).collect();
+    assert!(rms(&differences) <= TOLERANCE_MANY * rms(&expected));
+
+    let error = keep(CachePolicy::Lossless, least.total_bytes() - 1).err().unwrap().to_string();
+    assert!(error.contains("--vram") && error.contains("100 tokens"), "{error}");
+
+    // Weights that would be rounded are kept only where that is allowed.
+    let dir = root().join("engine/tests/data/qwen3");
+    let (config, checkpoint) = (Config::open(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
+    let int8 = Encoded(&checkpoint, Format::Int8);
+    for (policy, n) in [(CachePolicy::Lossless, 0), (CachePolicy::Any, config.n_layers)] {
+        let mut model = on_cuda(&config, &int8).unwrap();
+        model.keep_decoded(policy, u64::MAX >> 1, 50, Logits::Last).unwrap();
+        assert_eq!(used(&model).n_decoded_layers, n, "{policy:?}");
+        compare("qwen3 int8, kept", &on_cpu(&config, &int8), &model, 50);
     }
 }
 
