@@ -3,10 +3,11 @@
 
 use codecllm_codec::Cpu;
 use codecllm_codec::Format;
+use codecllm_codec::archive::{self, Decoders, Silent, Status};
 use codecllm_codec::checkpoint::{Checkpoint, Dtype, Tensor};
 use codecllm_codec::encoded::{Checks, EncodeOptions, EncodedTensor, encode_tensor};
 use codecllm_codec::quantize::Codes;
-use codecllm_engine::cuda::{CudaBackend, Device};
+use codecllm_engine::cuda::{CudaBackend, CudaDecoder, Device};
 use codecllm_engine::evaluate::GREEDY_PROMPTS;
 use codecllm_engine::weights::Loader;
 use codecllm_engine::{
@@ -166,6 +167,32 @@ fn spare_memory_keeps_the_first_layers_decoded() {
         assert_eq!(used(&model).n_decoded_layers, n, "{policy:?}");
         compare("qwen3 int8, kept", &on_cpu(&config, &int8), &model, 50);
     }
+}
+
+#[test]
+fn the_gpus_decoder_is_proven_and_damage_is_reported() {
+    if cuda().is_none() {
+        return;
+    }
+    let decoder = CudaDecoder::new(Device::open(0).unwrap()).unwrap();
+    let decoders = Decoders { cpus: &[Cpu::detect()], other: Some(&decoder) };
+    let dir = root().join("assets/tales-5m");
+    let report = archive::verify_with(&dir, None, &decoders, &Silent).unwrap();
+    assert_eq!(report.status, Status::Proven, "{report:?}");
+    assert!(report.checks.iter().any(|c| c.name == "decoders" && c.detail.contains("cuda:0")), "{report:?}");
+
+    let damaged = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap()) {
+        std::fs::copy(file.path(), damaged.path().join(file.file_name())).unwrap();
+    }
+    let shard = damaged.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&shard).unwrap();
+    let at = bytes.len() / 2;
+    bytes[at..at + 64].fill(0x5a);
+    std::fs::write(&shard, bytes).unwrap();
+    let report = archive::verify_with(damaged.path(), None, &decoders, &Silent).unwrap();
+    let wrong: Vec<_> = report.checks.iter().filter(|c| c.status == Status::Wrong).map(|c| c.name).collect();
+    assert_eq!(wrong, ["files", "structure"], "{report:?}");
 }
 
 /// A checkpoint whose matrices are encoded as they are asked for.

@@ -170,7 +170,6 @@ pub(super) struct EncodedMatrix {
 
 /// The kernels for one format, and for the encoder's codecs or for any.
 struct Instance {
-    #[cfg(test)]
     decode_codes: CudaFunction,
     decode_values: CudaFunction,
     gather_rows: CudaFunction,
@@ -254,7 +253,6 @@ impl EncodedKernels {
             for which in ["", "_any"] {
                 let kernel = |verb: &str| device.kernel(&module, &format!("{verb}_{format}{which}"), shared_limit);
                 instances.push(Arc::new(Instance {
-                    #[cfg(test)]
                     decode_codes: kernel("decode_codes")?,
                     decode_values: kernel("decode_values")?,
                     gather_rows: kernel("gather_rows")?,
@@ -521,7 +519,6 @@ impl EncodedKernels {
     }
 
     /// Decodes matrices to their codes, row-major, into buffers of at least as many bytes as those have.
-    #[cfg(test)]
     pub fn decode_codes(&self, device: &Device, jobs: &mut [(&EncodedMatrix, &mut CudaSlice<u8>)]) -> Result<()> {
         let stream = device.stream();
         let jobs: Vec<_> = jobs

@@ -5,11 +5,13 @@
 
 mod backend;
 mod blas;
+mod decoder;
 mod device;
 mod encoded;
 mod host;
 mod ops;
 
 pub use backend::{Batch, Buffer, Cache, CudaBackend, Matrix, Recording, Vector};
+pub use decoder::CudaDecoder;
 pub use device::Device;
 pub use encoded::{External, ExternalMatrix};
