@@ -20,6 +20,12 @@ if [[ -n ${CODECLLM_WHEEL:-} ]]; then
 fi
 cargo test --release -p codecllm-engine --lib cuda -- --nocapture 2>&1 | tee "$out/kernels.log"
 cargo test --release -p codecllm-engine --test cuda_model -- --nocapture 2>&1 | tee "$out/models.log"
+cargo test --release -p codecllm-engine --lib cuda::sample::tests::bench -- --ignored --nocapture 2>&1 | tee "$out/draws.log"
+cargo run --release -- verify assets/tales-5m --device cuda --json | tee "$out/verify.json"
+for cache in none lossless; do
+    cargo run --release -- run assets/tales-5m --device cuda --vram 2 --cache "$cache" -p 'Once upon a time' --temperature 0.8 --json |
+        tee "$out/cache-$cache.json"
+done
 cargo run --release -- demo --device cuda --json | tee "$out/demo.json"
 for shape in tinyllama-1.1b llama-3-8b; do
     cargo run --release -- bench --device cuda --model-shape "$shape" --json | tee "$out/$shape.json"

@@ -9,6 +9,7 @@
 //! device backend may record the operations of a pass and replay them.
 
 use crate::error::Result;
+use crate::sampler::Draw;
 use crate::weights::Weight;
 
 /// Which tokens of a batch logits are wanted for.
@@ -180,6 +181,13 @@ pub trait Backend: Send + Sync + Sized {
     /// # Errors
     /// A logit was not a number.
     fn likeliest(&self, batch: &Self::Batch, logits: &Self::Buffer) -> Result<u32>;
+
+    /// Draws a token from the logits `[1, vocab]`, once the operations before it are done: the one that [`Draw::choose`] does.
+    /// The logits are scratch afterwards.
+    ///
+    /// # Errors
+    /// A logit was not a number.
+    fn sample(&self, batch: &mut Self::Batch, logits: &mut Self::Buffer, draw: &Draw) -> Result<u32>;
 
     /// Copies `values` from the host to the start of a buffer, after the operations before it.
     fn write(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<()>;

@@ -29,6 +29,6 @@ pub use evaluate::evaluate;
 pub use generate::{Finish, GenerateOptions, Generation, generate};
 pub use llama::{KvCache, LoadOptions, Model};
 pub use memory::{CachePolicy, MemoryUse};
-pub use sampler::{Sampler, SamplingOptions};
+pub use sampler::{Draw, Sampler, SamplingOptions};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::TensorSource;

@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::cpu::CpuBackend;
 use crate::error::{Error, Result};
 use crate::memory::{self, CachePolicy, Footprint, MemoryUse, Unit};
+use crate::sampler::Draw;
 use crate::weights::{Loader, TensorSource, Weight};
 use codecllm_codec::Cpu;
 use codecllm_codec::archive::Progress;
@@ -316,13 +317,24 @@ impl<B: Backend> Model<B> {
         Ok(token)
     }
 
+    /// Runs `tokens` as [`forward`](Self::forward) does, and draws a token to follow them. The logits stay on the backend.
+    pub fn sample(&self, tokens: &[u32], cache: &mut KvCache<B>, draw: &Draw) -> Result<u32> {
+        self.check_tokens(tokens, cache)?;
+        let mut token = 0;
+        self.steps(tokens, cache, Logits::Last, |workspace, _| {
+            token = self.backend.sample(&mut workspace.batch, &mut workspace.logits, draw)?;
+            Ok(())
+        })?;
+        Ok(token)
+    }
+
     /// Runs `tokens` in chunks. `on_logits` is called after each that yields logits, with their number of rows.
     fn steps(
         &self,
         tokens: &[u32],
         cache: &mut KvCache<B>,
         want: Logits,
-        mut on_logits: impl FnMut(&Workspace<B>, usize) -> Result<()>,
+        mut on_logits: impl FnMut(&mut Workspace<B>, usize) -> Result<()>,
     ) -> Result<()> {
         let mut position = cache.len;
         let end = position + tokens.len();

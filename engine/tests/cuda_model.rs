@@ -11,7 +11,8 @@ use codecllm_engine::cuda::{CudaBackend, CudaDecoder, Device};
 use codecllm_engine::evaluate::GREEDY_PROMPTS;
 use codecllm_engine::weights::Loader;
 use codecllm_engine::{
-    CachePolicy, Config, GenerateOptions, LoadOptions, Logits, Model, TensorSource, Tokenizer, generate,
+    CachePolicy, Config, GenerateOptions, LoadOptions, Logits, Model, Sampler, SamplingOptions, TensorSource, Tokenizer,
+    generate,
 };
 use std::io::Write;
 use std::ops::ControlFlow;
@@ -166,6 +167,32 @@ fn spare_memory_keeps_the_first_layers_decoded() {
         model.keep_decoded(policy, u64::MAX >> 1, 50, Logits::Last).unwrap();
         assert_eq!(used(&model).n_decoded_layers, n, "{policy:?}");
         compare("qwen3 int8, kept", &on_cpu(&config, &int8), &model, 50);
+    }
+}
+
+#[test]
+fn tokens_are_drawn_from_the_logits_as_the_reference_draws_them() {
+    let dir = root().join("assets/tales-5m");
+    let config = Config::open(&dir).unwrap();
+    let Some(model) = on_cuda(&config, &Checkpoint::open(&dir).unwrap()) else { return };
+    let base = SamplingOptions { temperature: 0.9, ..SamplingOptions::default() };
+    for options in [
+        base,
+        SamplingOptions { top_k: 20, top_p: 0.9, repetition_penalty: 1.1, ..base },
+        SamplingOptions { temperature: 0.0, repetition_penalty: 1.2, ..base },
+    ] {
+        let mut sampler = Sampler::new(options).unwrap();
+        let mut history = vec![1u32, 2, 3];
+        // The prompt in one pass, then token by token.
+        let (mut drawn, mut expected) = (model.new_cache(60).unwrap(), model.new_cache(60).unwrap());
+        while history.len() < 60 {
+            let draw = sampler.draw(&history);
+            let new = &history[drawn.len()..];
+            let token = model.sample(new, &mut drawn, &draw).unwrap();
+            let mut logits = model.forward(new, &mut expected, Logits::Last).unwrap();
+            assert_eq!(token, draw.choose(&mut logits).unwrap(), "token {} of {options:?}", history.len());
+            history.push(token);
+        }
     }
 }
 

@@ -11,9 +11,10 @@ use super::device::{Device, Grid, failed};
 use super::encoded::{self, EncodedKernels, EncodedMatrix, OperandBuffer, PRODUCT_TOKENS};
 use super::host::{Pinned, Upload};
 use super::ops::{self, Kernels, NONE, Rows};
+use super::sample::{DrawState, SampleKernels};
 use crate::backend::{Attention, Backend, CacheShape, DeviceMemory, Input, Logits, Norm, Projection};
 use crate::error::{Error, Result};
-use crate::sampler;
+use crate::sampler::{self, Draw};
 use crate::weights::{DenseType, Weight};
 use cudarc::driver::sys::{CUdeviceptr, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaFunction, CudaGraph, CudaSlice, DevicePtr, DevicePtrMut};
@@ -33,6 +34,7 @@ const CHOOSE_BLOCKS: u32 = 32;
 pub struct CudaBackend {
     device: Device,
     kernels: Kernels,
+    sample: SampleKernels,
     blas: Option<Blas>,
     upload: Mutex<Upload>,
     encoded: EncodedKernels,
@@ -54,6 +56,7 @@ impl CudaBackend {
     /// A backend on a GPU.
     pub fn new(device: Device) -> Result<Self> {
         let kernels = Kernels::load(&device)?;
+        let sample = SampleKernels::load(&device)?;
         let blas = Blas::load(&device)?;
         let upload = Mutex::new(Upload::new(&device)?);
         let encoded = EncodedKernels::new(&device)?;
@@ -64,7 +67,7 @@ impl CudaBackend {
             // SAFETY: it is empty.
             decoded: unsafe { device.stream().alloc(0) }.map_err(failed("allocating memory"))?,
         });
-        Ok(Self { device, kernels, blas, upload, encoded, scratch })
+        Ok(Self { device, kernels, sample, blas, upload, encoded, scratch })
     }
 
     /// The GPU.
@@ -151,6 +154,7 @@ pub struct Batch {
     /// What the blocks that choose share: the best so far, and how many are done.
     best: CudaSlice<u64>,
     done: CudaSlice<u32>,
+    draw: DrawState,
 }
 
 /// Keys and values of one layer, BF16, each `[n_kv_heads, capacity, head_dim padded]`.
@@ -504,6 +508,7 @@ impl Backend for CudaBackend {
             choice_host: Pinned::new(&self.device, 8)?,
             best: self.device.zeros(1)?,
             done: self.device.zeros(1)?,
+            draw: DrawState::new(&self.device)?,
         })
     }
 
@@ -705,6 +710,13 @@ impl Backend for CudaBackend {
         self.device.synchronize()?;
         let (token, logit) = (batch.choice_host.word(0), f32::from_bits(batch.choice_host.word(1)));
         if logit.is_nan() { Err(sampler::not_a_number(token)) } else { Ok(token) }
+    }
+
+    /// The host waits for the token alone. It waited for the one before, too, so that no launch reads what this one's are given.
+    fn sample(&self, batch: &mut Batch, logits: &mut Buffer, draw: &Draw) -> Result<u32> {
+        let Batch { draw: state, choice_host, .. } = &mut *batch;
+        self.sample.issue(&self.device, state, &logits.data, logits.width, choice_host, draw)?;
+        self.likeliest(batch, logits)
     }
 
     fn write(&self, buffer: &mut Buffer, values: &[f32]) -> Result<()> {

@@ -37,6 +37,11 @@ impl Pinned {
         Ok(Self { context, data, len })
     }
 
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
     pub fn address(&self) -> CUdeviceptr {
         self.data as CUdeviceptr
     }

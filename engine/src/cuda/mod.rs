@@ -10,6 +10,7 @@ mod device;
 mod encoded;
 mod host;
 mod ops;
+mod sample;
 
 pub use backend::{Batch, Buffer, Cache, CudaBackend, Matrix, Recording, Vector};
 pub use decoder::CudaDecoder;
