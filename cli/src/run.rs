@@ -3,8 +3,10 @@
 use crate::hub;
 use crate::model::{self, Load, Machine, MachineArgs, Purpose};
 use crate::output::{self, CliResult, Error, INTERRUPTED};
+use codecllm_engine::backend::Backend;
 use codecllm_engine::{
-    ChatTemplate, Finish, GenerateOptions, Generation, Logits, MemoryUse, Message, SamplingOptions, Tokenizer, generate,
+    ChatTemplate, Finish, GenerateOptions, Generation, Logits, MemoryUse, Message, Model, SamplingOptions, Tokenizer,
+    generate,
 };
 use serde::Serialize;
 use std::io::{self, Read, Write};
@@ -94,6 +96,8 @@ struct Outcome {
     generate_tok_per_s: Option<f64>,
     peak_memory_bytes: Option<u64>,
     weight_bytes: u64,
+    /// The same weights in the archive or checkpoint.
+    source_bytes: u64,
     /// What the model takes of the GPU's memory, with --vram or --cache.
     gpu_memory: Option<MemoryUse>,
 }
@@ -140,7 +144,7 @@ fn run_on(args: &Args, machine: &impl Load) -> CliResult {
     }
 
     let is_interrupted = generation.finish == Finish::Interrupted && output::is_stopped();
-    let outcome = Outcome::new(generation, model.weight_bytes(), model.memory().copied());
+    let outcome = Outcome::new(generation, &model);
     if args.json {
         output::print_json(&outcome)?;
     } else {
@@ -176,7 +180,7 @@ impl Args {
 }
 
 impl Outcome {
-    fn new(generation: Generation, weight_bytes: u64, gpu_memory: Option<MemoryUse>) -> Self {
+    fn new(generation: Generation, model: &Model<impl Backend>) -> Self {
         Self {
             n_prompt_tokens: generation.n_prompt_tokens,
             n_generated: generation.tokens.len(),
@@ -184,8 +188,9 @@ impl Outcome {
             prompt_tok_per_s: generation.prompt_tok_per_s(),
             generate_tok_per_s: generation.generate_tok_per_s(),
             peak_memory_bytes: model::peak_memory_bytes(),
-            weight_bytes,
-            gpu_memory,
+            weight_bytes: model.weight_bytes(),
+            source_bytes: model.source_bytes(),
+            gpu_memory: model.memory().copied(),
             text: generation.text,
         }
     }

@@ -254,7 +254,7 @@ impl Job<'_> {
         };
         let loader = Loader::new(self.checkpoint, Checks::None);
         let norm = norm.map(|module| loader.vector(&format!("model.layers.{layer}.{module}.weight"), hidden_size));
-        let (norm, eps) = (norm.transpose()?, model.config().rms_norm_eps);
+        let (norm, eps) = (norm.transpose()?.map(|(weight, _)| weight), model.config().rms_norm_eps);
         let mut moments = Moments::new(width);
         let mut drift = Drift::new(width);
         let mut has_drift = false;

@@ -42,6 +42,7 @@ pub struct Model<B: Backend = CpuBackend> {
     /// `None` where the embedding is the head.
     head: Option<B::Matrix>,
     weight_bytes: u64,
+    source_bytes: u64,
     memory: Option<MemoryUse>,
 }
 
@@ -186,7 +187,7 @@ impl<B: Backend> Model<B> {
     /// [`codecllm_codec::Error::Interrupted`] where the loader's progress asks for an end.
     pub fn on_backend(backend: B, config: Config, loader: &Loader) -> Result<Self> {
         loader.begin();
-        let mut upload = Upload { backend: &backend, loader, bytes: 0 };
+        let mut upload = Upload { backend: &backend, loader, bytes: 0, source_bytes: 0 };
         let Config { hidden_size, intermediate_size, head_dim, vocab_size, .. } = config;
         let (q_width, kv_width) = (config.q_width(), config.kv_width());
         let embedding = upload.matrix("model.embed_tokens.weight", vocab_size, hidden_size)?;
@@ -221,8 +222,8 @@ impl<B: Backend> Model<B> {
             true => None,
             false => Some(upload.matrix("lm_head.weight", vocab_size, hidden_size)?),
         };
-        let weight_bytes = upload.bytes;
-        Ok(Self { config, backend, embedding, layers, norm, head, weight_bytes, memory: None })
+        let Upload { bytes: weight_bytes, source_bytes, .. } = upload;
+        Ok(Self { config, backend, embedding, layers, norm, head, weight_bytes, source_bytes, memory: None })
     }
 
     /// The model's configuration.
@@ -238,6 +239,11 @@ impl<B: Backend> Model<B> {
     /// Bytes of the weights as they lie in memory, norms and biases included.
     pub fn weight_bytes(&self) -> u64 {
         self.weight_bytes
+    }
+
+    /// Bytes of the same weights where they were loaded from: in an archive, encoded.
+    pub fn source_bytes(&self) -> u64 {
+        self.source_bytes
     }
 
     /// What the model takes of its device's memory, where [`keep_decoded`](Self::keep_decoded) was called.
@@ -624,6 +630,7 @@ struct Upload<'a, B: Backend> {
     backend: &'a B,
     loader: &'a Loader<'a>,
     bytes: u64,
+    source_bytes: u64,
 }
 
 impl<B: Backend> Upload<'_, B> {
@@ -635,13 +642,16 @@ impl<B: Backend> Upload<'_, B> {
         checked?;
         let matrix = matrix?;
         self.bytes += self.backend.matrix_bytes(&matrix);
+        self.source_bytes += weight.n_bytes();
         self.loader.done(weight.n_bytes());
         Ok(matrix)
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<B::Vector> {
         self.bytes += 4 * len as u64;
-        let vector = self.loader.vector(name, len)?;
+        let (vector, n_bytes) = self.loader.vector(name, len)?;
+        self.source_bytes += n_bytes;
+        self.loader.done(n_bytes);
         self.backend.vector(vector)
     }
 
@@ -744,7 +754,9 @@ mod tests {
         let matrices = weights.values().filter(|t| t.shape.len() == 2).map(|t| t.data.len());
         // Vectors are widened to f32.
         let vectors = weights.values().filter(|t| t.shape.len() == 1).map(|t| 2 * t.data.len());
-        assert_eq!(load(&weights).unwrap().weight_bytes(), matrices.chain(vectors).sum::<usize>() as u64);
+        let model = load(&weights).unwrap();
+        assert_eq!(model.weight_bytes(), matrices.chain(vectors).sum::<usize>() as u64);
+        assert_eq!(model.source_bytes(), weights.values().map(|t| t.data.len()).sum::<usize>() as u64);
     }
 
     #[derive(Default)]

@@ -348,7 +348,7 @@ mod tests {
         close(drawn(&Draw { top_p: 0.9, top_k: 3, ..base.clone() }), [0, 4, 8, 4]);
         close(drawn(&Draw { top_p: 0.6, top_k: 3, ..base.clone() }), [0, 4, 8, 0]);
         close(drawn(&Draw { min_weight: (1 << 38) - (1 << 20), ..base.clone() }), [2, 4, 8, 4]);
-        close(drawn(&Draw { min_weight: 3 << 38, ..base.clone() }), [0, 4, 8, 4]);
+        close(drawn(&Draw { min_weight: 3 << 37, ..base.clone() }), [0, 4, 8, 4]);
         // In the order of tokens.
         assert_eq!(Draw { random: 0, ..base.clone() }.choose(&mut logits.clone()).unwrap(), 0);
         assert_eq!(Draw { random: u64::MAX, ..base }.choose(&mut logits.clone()).unwrap(), 3);

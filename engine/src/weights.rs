@@ -130,7 +130,7 @@ impl<'a> Loader<'a> {
         self.progress.begin(self.source.n_bytes());
     }
 
-    /// Says that a matrix is where it should be.
+    /// Says that a tensor is where it should be.
     pub(crate) fn done(&self, n_bytes: u64) {
         self.progress.advance(n_bytes);
     }
@@ -156,16 +156,15 @@ impl<'a> Loader<'a> {
         self.checks
     }
 
-    /// The vector `name` (a norm's weight or a bias), `len` elements, widened to f32.
-    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+    /// The vector `name` (a norm's weight or a bias), `len` elements, widened to f32, and its bytes as it was.
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<(Vec<f32>, u64)> {
         let tensor = self.required(name)?;
         let element = dense_type(name, &tensor)?;
         check_shape(name, &[len], &tensor.shape)?;
         check_bytes(name, &tensor, element)?;
         let mut values = vec![0.0; len];
         read_row(tensor.dtype, &tensor.data, &mut values);
-        self.done(tensor.data.len() as u64);
-        Ok(values)
+        Ok((values, tensor.data.len() as u64))
     }
 
     fn required(&self, name: &str) -> Result<Tensor> {

@@ -11,8 +11,8 @@ use codecllm_engine::cuda::{CudaBackend, CudaDecoder, Device};
 use codecllm_engine::evaluate::GREEDY_PROMPTS;
 use codecllm_engine::weights::Loader;
 use codecllm_engine::{
-    CachePolicy, Config, GenerateOptions, LoadOptions, Logits, Model, Sampler, SamplingOptions, TensorSource, Tokenizer,
-    generate,
+    CachePolicy, Config, GenerateOptions, LoadOptions, Logits, Model, Sampler, SamplingOptions, TensorSource,
+    Tokenizer, generate,
 };
 use std::io::Write;
 use std::ops::ControlFlow;
