@@ -1,11 +1,10 @@
 //! Models on a GPU against the same on the CPU. Without a GPU the tests say so and pass, unless `CODECLLM_REQUIRE_CUDA` is
 //! set to 1.
 
-use codecllm_codec::Cpu;
-use codecllm_codec::Format;
 use codecllm_codec::checkpoint::{Checkpoint, Dtype, Tensor};
 use codecllm_codec::encoded::{Checks, EncodeOptions, EncodedTensor, encode_tensor};
 use codecllm_codec::quantize::Codes;
+use codecllm_codec::{Coder, Cpu, Format};
 use codecllm_engine::cuda::{CudaBackend, Device};
 use codecllm_engine::evaluate::GREEDY_PROMPTS;
 use codecllm_engine::weights::Loader;
@@ -110,7 +109,7 @@ fn every_family_agrees_with_the_cpu() {
 }
 
 /// A checkpoint whose matrices are encoded as they are asked for.
-struct Encoded<'a>(&'a Checkpoint, Format);
+struct Encoded<'a>(&'a Checkpoint, Format, Coder);
 
 impl TensorSource for Encoded<'_> {
     fn tensor(&self, name: &str) -> codecllm_engine::Result<Option<Tensor>> {
@@ -118,7 +117,7 @@ impl TensorSource for Encoded<'_> {
         if tensor.shape.len() != 2 {
             return Ok(Some(tensor));
         }
-        let data = encode_tensor(&tensor, &EncodeOptions { format: self.1, ..EncodeOptions::default() })?;
+        let data = encode_tensor(&tensor, &EncodeOptions { format: self.1, coder: self.2, ..Default::default() })?;
         Ok(Some(Tensor { dtype: Dtype::U8, shape: vec![data.len()], data: data.into(), ..tensor }))
     }
 }
@@ -129,9 +128,30 @@ fn every_format_agrees_with_the_cpu() {
         let dir = root().join("engine/tests/data").join(name);
         let (config, checkpoint) = (Config::open(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
         for format in [Format::Bf16, Format::Fp8, Format::Int8] {
-            let source = Encoded(&checkpoint, format);
+            let source = Encoded(&checkpoint, format, Coder::Rans);
             let Some(cuda) = on_cuda(&config, &source) else { return };
             compare(&format!("{name} {format}"), &on_cpu(&config, &source), &cuda, 60.min(config.max_positions));
+        }
+    }
+}
+
+#[test]
+fn coder_zstd_agrees_with_the_cpu_where_nvcomp_is_installed() {
+    for name in ["llama-bias", "qwen3"] {
+        let dir = root().join("engine/tests/data").join(name);
+        let (config, checkpoint) = (Config::open(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
+        for format in [Format::Bf16, Format::Fp8, Format::Int8] {
+            let source = Encoded(&checkpoint, format, Coder::Zstd);
+            let Some(backend) = cuda() else { return };
+            let cuda = match Model::on_backend(backend, config.clone(), &Loader::new(&source, Checks::None)) {
+                Ok(cuda) => cuda,
+                Err(e) => {
+                    assert!(e.to_string().contains("pip install 'nvidia-libnvcomp-cu13"), "{e}");
+                    let _ = writeln!(std::io::stderr(), "SKIPPED: {e}");
+                    return;
+                }
+            };
+            compare(&format!("{name} {format} zstd"), &on_cpu(&config, &source), &cuda, 60.min(config.max_positions));
         }
     }
 }

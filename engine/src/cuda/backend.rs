@@ -11,10 +11,12 @@ use super::device::{Device, Grid, failed};
 use super::encoded::{self, EncodedKernels, EncodedMatrix, OperandBuffer, PRODUCT_TOKENS};
 use super::host::{Pinned, Upload};
 use super::ops::{self, Kernels, NONE, Rows};
+use super::zstd::{Zstd, ZstdMatrix};
 use crate::backend::{Attention, Backend, CacheShape, Input, Logits, Norm, Projection};
 use crate::error::{Error, Result};
 use crate::sampler;
 use crate::weights::{DenseType, Weight};
+use codecllm_codec::Coder;
 use cudarc::driver::sys::{CUdeviceptr, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaFunction, CudaGraph, CudaSlice, DevicePtr, DevicePtrMut};
 use half::bf16;
@@ -35,6 +37,8 @@ pub struct CudaBackend {
     upload: Mutex<Upload>,
     encoded: EncodedKernels,
     scratch: Mutex<Scratch>,
+    /// Opened for the first tensor of that coder.
+    zstd: Mutex<Option<Zstd>>,
 }
 
 /// What products of encoded matrices need, one after another. It grows while a model is loaded, and for a first prompt.
@@ -62,7 +66,7 @@ impl CudaBackend {
             // SAFETY: it is empty.
             decoded: unsafe { device.stream().alloc(0) }.map_err(failed("allocating memory"))?,
         });
-        Ok(Self { device, kernels, blas, upload, encoded, scratch })
+        Ok(Self { device, kernels, blas, upload, encoded, scratch, zstd: Mutex::new(None) })
     }
 
     /// The GPU.
@@ -95,6 +99,7 @@ pub struct Matrix(Storage);
 enum Storage {
     Dense(Dense),
     Encoded(Box<EncodedMatrix>),
+    Zstd(Box<ZstdMatrix>),
 }
 
 /// BF16, `[n_rows, stride]`
@@ -110,6 +115,7 @@ impl Matrix {
         match &self.0 {
             Storage::Dense(dense) => dense.n_rows,
             Storage::Encoded(encoded) => encoded.n_rows(),
+            Storage::Zstd(zstd) => zstd.n_rows(),
         }
     }
 
@@ -117,6 +123,7 @@ impl Matrix {
         match &self.0 {
             Storage::Dense(dense) => dense.n_cols,
             Storage::Encoded(encoded) => encoded.n_cols(),
+            Storage::Zstd(zstd) => zstd.n_cols(),
         }
     }
 }
@@ -268,14 +275,16 @@ impl CudaBackend {
         assert!(products.iter().all(|p| p.matrix.n_cols() == x.n_cols()), "a product's input has the matrix's width");
         let mut dense = Vec::new();
         let mut encoded = Vec::new();
+        let mut zstd = Vec::new();
         for product in products {
             match &product.matrix.0 {
                 Storage::Dense(matrix) => dense.push((matrix, product)),
                 Storage::Encoded(matrix) => encoded.push((&**matrix, product)),
+                Storage::Zstd(matrix) => zstd.push((&**matrix, product)),
             }
         }
         let blas = self.blas.as_ref().filter(|_| x.n_tokens > 1);
-        if blas.is_some() && (!dense.is_empty() || x.n_tokens > PRODUCT_TOKENS) {
+        if blas.is_some() && (!dense.is_empty() || !zstd.is_empty() || x.n_tokens > PRODUCT_TOKENS) {
             self.normalize(&x, None)?;
         }
         match blas {
@@ -289,6 +298,14 @@ impl CudaBackend {
                 for rows in rows.chunks(ops::MAX_PRODUCTS) {
                     self.matvec(&self.kernels.matvec_dense, &x, rows)?;
                 }
+            }
+        }
+        for (matrix, product) in zstd {
+            let decoded = &mut self.scratch().decoded;
+            let stride = self.decode_zstd(matrix, decoded)?;
+            match blas {
+                Some(blas) => self.many(blas, &x, address(decoded), stride, product)?,
+                None => self.matvec(&self.kernels.matvec_dense, &x, &[rows(address(decoded), product)])?,
             }
         }
         if encoded.is_empty() {
@@ -363,12 +380,43 @@ impl CudaBackend {
 
     /// Decodes a matrix into `decoded`, which grows where it has to.
     fn decode(&self, matrix: &EncodedMatrix, decoded: &mut CudaSlice<bf16>) -> Result<()> {
-        let len = matrix.n_rows() * matrix.n_cols();
+        self.grow_decoded(matrix.n_rows() * matrix.n_cols(), decoded)?;
+        self.encoded.decode(&self.device, &mut [(matrix, decoded)])
+    }
+
+    fn grow_decoded(&self, len: usize, decoded: &mut CudaSlice<bf16>) -> Result<()> {
         if decoded.len() < len {
             // SAFETY: every element is written before it is read.
             *decoded = unsafe { self.device.stream().alloc(len) }.map_err(|e| self.device.out_of_memory(e, 2 * len))?;
         }
-        self.encoded.decode(&self.device, &mut [(matrix, decoded)])
+        Ok(())
+    }
+
+    /// The same for a matrix of coder `zstd`, in rows of as many elements as are returned.
+    fn decode_zstd(&self, matrix: &ZstdMatrix, decoded: &mut CudaSlice<bf16>) -> Result<usize> {
+        let stride = matrix.n_cols().next_multiple_of(ROW_ALIGN);
+        self.grow_decoded(matrix.n_rows() * stride, decoded)?;
+        match &mut *self.zstd() {
+            Some(zstd) => zstd.decode(&self.device, matrix, decoded, stride)?,
+            None => return Err(Error::device("a matrix of coder `zstd` is another backend's")),
+        }
+        Ok(stride)
+    }
+
+    fn zstd(&self) -> MutexGuard<'_, Option<Zstd>> {
+        self.zstd.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Checks that the product of one token has room for the activations of a matrix's columns.
+    fn check_cols(&self, n_cols: usize) -> Result<()> {
+        let room = (self.device.shared_bytes() - self.ring_bytes()) as usize / 4;
+        if n_cols.next_multiple_of(ROW_ALIGN) > room {
+            return Err(Error::unsupported(
+                "--device cuda",
+                format!("a matrix has {n_cols} columns; this GPU's shared memory has room for {room}"),
+            ));
+        }
+        Ok(())
     }
 
     /// What products straight from the compressed blocks read, up to sixteen tokens. One token's norm is part of them.
@@ -428,6 +476,15 @@ impl Backend for CudaBackend {
                     ),
                 ));
             }
+            Weight::Encoded(tensor) if tensor.coder() == Coder::Zstd => {
+                self.check_cols(tensor.n_cols())?;
+                let zstd = &mut *self.zstd();
+                let zstd = match zstd {
+                    Some(zstd) => zstd,
+                    none => none.insert(Zstd::new(&self.device)?),
+                };
+                return Ok(Matrix(Storage::Zstd(Box::new(zstd.matrix(&self.device, &tensor)?))));
+            }
             Weight::Encoded(tensor) => {
                 let matrix = EncodedMatrix::new(&self.device, &self.encoded, &tensor)?;
                 self.scratch().grow(self, matrix.n_cols())?;
@@ -435,13 +492,7 @@ impl Backend for CudaBackend {
             }
         };
         let stride = n_cols.next_multiple_of(ROW_ALIGN);
-        let room = (self.device.shared_bytes() - self.ring_bytes()) as usize / 4;
-        if stride > room {
-            return Err(Error::unsupported(
-                "--device cuda",
-                format!("a matrix has {n_cols} columns; this GPU's shared memory has room for {room}"),
-            ));
-        }
+        self.check_cols(n_cols)?;
         let mut to = self.device.zeros::<u16>(n_rows * stride)?;
         let mut upload = self.upload.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         // SAFETY: the allocation has n_rows rows of `stride` weights.
@@ -505,6 +556,7 @@ impl Backend for CudaBackend {
         match &matrix.0 {
             Storage::Dense(dense) => dense.data.num_bytes() as u64,
             Storage::Encoded(encoded) => encoded.bytes(),
+            Storage::Zstd(zstd) => zstd.bytes(),
         }
     }
 
@@ -520,6 +572,8 @@ impl Backend for CudaBackend {
     }
 
     fn run(&self, recording: Option<&mut Recording>, pass: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+        // nvCOMP does not promise that its calls can be recorded.
+        let recording = recording.filter(|_| self.zstd().is_none());
         let Some(recording) = recording else { return pass() };
         if recording.0.is_none() {
             let stream = self.device.stream();
@@ -542,8 +596,14 @@ impl Backend for CudaBackend {
         // SAFETY: both sides have room for the position and the batch's tokens.
         unsafe { self.device.launch(&self.kernels.begin_step, grid, &params)? };
 
-        let table = match &table.0 {
-            Storage::Dense(table) => table,
+        let mut scratch;
+        let (table, stride) = match &table.0 {
+            Storage::Dense(table) => (address(&table.data), table.stride),
+            Storage::Zstd(table) => {
+                scratch = self.scratch();
+                let stride = self.decode_zstd(table, &mut scratch.decoded)?;
+                (address(&scratch.decoded), stride)
+            }
             Storage::Encoded(table) => {
                 let n_tokens = batch.n_tokens;
                 return self.encoded.gather_rows(&self.device, table, &batch.tokens, n_tokens, &mut out.data);
@@ -551,10 +611,10 @@ impl Backend for CudaBackend {
         };
         let params = ops::EmbedDense {
             tokens,
-            table: address(&table.data),
+            table,
             out: address_mut(&mut out.data),
-            n_cols: table.n_cols as u32,
-            stride: table.stride as u32,
+            n_cols: out.width as u32,
+            stride: stride as u32,
         };
         let grid = Grid { blocks: (n_tokens, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
         // SAFETY: the model checked that the table has a row for each token; the output has one for each, too.

@@ -140,6 +140,18 @@ impl Device {
         &self.stream
     }
 
+    /// The stream as another library takes it, in the context that this thread then has.
+    pub(super) fn bound_stream(&self) -> Result<sys::CUstream> {
+        self.context.bind_to_thread().map_err(failed("binding the GPU to a thread"))?;
+        Ok(self.stream.cu_stream())
+    }
+
+    /// Has the next kernel start when everything before is done. For one that reads, before it waits, what the kernel before it writes.
+    pub(super) fn separate(&self, word: &mut CudaSlice<u32>) -> Result<()> {
+        // Kernels overlap with kernels alone.
+        self.stream.memset_zeros(word).map_err(failed("separating two kernels"))
+    }
+
     pub(super) fn n_multiprocessors(&self) -> u32 {
         self.n_multiprocessors
     }

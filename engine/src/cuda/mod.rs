@@ -4,11 +4,14 @@
 //! The kernels (`engine/cuda/*.cu`) are compiled ahead, for every GPU from Ampere on, by `scripts/build-kernels.sh`.
 
 mod backend;
+pub mod bench;
 mod blas;
 mod device;
 mod encoded;
 mod host;
+mod nvcomp;
 mod ops;
+mod zstd;
 
 pub use backend::{Batch, Buffer, Cache, CudaBackend, Matrix, Recording, Vector};
 pub use device::Device;
