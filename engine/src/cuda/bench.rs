@@ -5,6 +5,7 @@
 //! What is compared is what such a replay left behind.
 
 use super::blas::{Blas, Element, Gemm};
+use super::code;
 use super::device::{Device, Grid, failed};
 use super::encoded::{Activations, EncodedKernels, EncodedMatrix, OperandBuffer, PRODUCT_TOKENS, Product};
 use super::nvcomp::{CHUNK_BYTES, Chunks, ElementType, INSTALL, Method, Nvcomp, Room};
@@ -152,7 +153,7 @@ impl Bench {
         let device = Device::open(index)?;
         let encoded = EncodedKernels::new(&device)?;
         let dense = Kernels::load(&device)?;
-        let module = device.load(include_bytes!("../../cuda/bench.fatbin"))?;
+        let module = device.load(&code::BENCH)?;
         let read = device.kernel(&module, "read_memory", 0)?;
         let blas = Blas::load(&device)?.map(|b| b.with_workspace(&device, BLAS_WORKSPACE_BYTES)).transpose()?;
         let operand = RefCell::new(encoded.operand(&device, max_cols)?);

@@ -6,6 +6,7 @@ mod external;
 
 pub use external::{External, ExternalMatrix};
 
+use super::code;
 use super::device::{Device, Grid, failed};
 use crate::error::{Error, Result};
 use codecllm_codec::block::{BLOCK_ROWS, Params};
@@ -234,7 +235,7 @@ impl EncodedKernels {
 
     /// Loads the kernels, with memory for so many partial sums and row blocks: none where launches are given their own.
     fn with_scratch(device: &Device, n_partials: usize, n_row_blocks: usize) -> Result<Self> {
-        let module = device.load(include_bytes!("../../cuda/encoded.fatbin"))?;
+        let module = device.load(&code::ENCODED)?;
         let prepare = |name| device.kernel(&module, name, 0);
         let mut instances = Vec::new();
         let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;

@@ -204,7 +204,11 @@ impl Nvcomp {
     fn open(path: &Path) -> Result<Self> {
         // SAFETY: as above.
         let library = unsafe { Library::new(path) };
-        Self::new(library.map_err(|e| Error::device(format!("nvCOMP does not open: {e}")))?)
+        let problem = |e: libloading::Error| match std::error::Error::source(&e) {
+            Some(cause) => Error::device(format!("{} does not open: {cause}", path.display())),
+            None => Error::device(format!("{} does not open: {e}", path.display())),
+        };
+        Self::new(library.map_err(problem)?)
     }
 
     /// As [`Self::load`], for `what`, which cannot do without.

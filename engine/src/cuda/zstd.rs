@@ -3,6 +3,7 @@
 //!
 //! For comparison and interoperation: it takes several times as long as the engine's own decoder.
 
+use super::code;
 use super::device::{Device, Grid};
 use super::nvcomp::{Chunks, Method, Nvcomp, Room};
 use crate::error::Result;
@@ -68,7 +69,7 @@ impl Zstd {
     /// It is not there, with what to install.
     pub fn new(device: &Device) -> Result<Self> {
         let nvcomp = Nvcomp::required("a tensor of coder `zstd` on a GPU")?;
-        let module = device.load(include_bytes!("../../cuda/codes.fatbin"))?;
+        let module = device.load(&code::CODES)?;
         let to_values = device.kernel(&module, "codes_to_values", 0)?;
         Ok(Self { nvcomp, to_values, room: None, word: device.zeros(1)? })
     }
