@@ -36,6 +36,8 @@ pub struct Report {
     /// What reading memory reaches.
     read_bytes_per_s: f64,
     results: Vec<Measurement>,
+    /// What nvCOMP could not do.
+    problems: Vec<String>,
 }
 
 /// One operation. Times are medians over the rounds.
@@ -105,11 +107,12 @@ pub fn measure(bench: &Bench, options: &Options<'_>) -> Result<Report> {
         seconds: options.seconds,
         read_bytes_per_s: read[0].operation.bytes as f64 / median(&read[0].rounds),
         results: Vec::new(),
+        problems: Vec::new(),
     };
     drop(read);
     for &(n_rows, n_cols) in shapes(options) {
         // All contenders of a shape take turns.
-        let mut contenders = contenders(bench, options, n_rows, n_cols)?;
+        let mut contenders = contenders(bench, options, n_rows, n_cols, &mut report.problems)?;
         eprintln!("{n_rows}x{n_cols}: measuring {} operations", contenders.len());
         time(&mut contenders, options)?;
         let cublas = |tokens: Option<usize>| {
@@ -142,7 +145,13 @@ pub fn measure(bench: &Bench, options: &Options<'_>) -> Result<Report> {
     Ok(report)
 }
 
-fn contenders<'b>(bench: &'b Bench, options: &Options<'_>, n_rows: usize, n_cols: usize) -> Result<Vec<Contender<'b>>> {
+fn contenders<'b>(
+    bench: &'b Bench,
+    options: &Options<'_>,
+    n_rows: usize,
+    n_cols: usize,
+    problems: &mut Vec<String>,
+) -> Result<Vec<Contender<'b>>> {
     let batches = if options.gpu.batch.is_empty() { &BATCHES } else { &options.gpu.batch[..] };
     let batches = || batches.iter().map(|&n| usize::from(n));
     eprintln!("{n_rows}x{n_cols}: drawing, encoding and checking");
@@ -182,11 +191,20 @@ fn contenders<'b>(bench: &'b Bench, options: &Options<'_>, n_rows: usize, n_cols
             let zstd = EncodeOptions { coder: Coder::Zstd, params: None, ..encode };
             let zstd = encode_parsed(&source, &zstd)?;
             for (coder, name) in [(NvcompCoder::Zstd, "nvcomp zstd"), (NvcompCoder::Ans, "nvcomp ans")] {
-                if let Some((operation, bytes)) = bench.nvcomp_decode(&zstd, coder)? {
-                    // With the scales, as ours.
-                    let bytes = bytes + zstd.sizes().scales;
-                    let bits = 8.0 * bytes as f64 / (n_rows * n_cols) as f64;
-                    contenders.push(Contender::new(operation, "decode to codes", name, format.to_string(), bits));
+                match bench.nvcomp_decode(&zstd, coder) {
+                    Ok(None) => {}
+                    Ok(Some((operation, bytes))) => {
+                        // With the scales, as ours.
+                        let bytes = bytes + zstd.sizes().scales;
+                        let bits = 8.0 * bytes as f64 / (n_rows * n_cols) as f64;
+                        contenders.push(Contender::new(operation, "decode to codes", name, format.to_string(), bits));
+                    }
+                    // The others are measured without it.
+                    Err(e) => {
+                        let problem = format!("{n_rows}x{n_cols} {format}, {name}: {e}");
+                        eprintln!("{problem}");
+                        problems.push(problem);
+                    }
                 }
             }
         }
@@ -259,6 +277,9 @@ fn step_for(source: &Tensor, bits: f64, encode: &EncodeOptions) -> Result<f32> {
 /// Prints the report as a table.
 pub fn print_table(report: &Report) {
     println!("memory read: {:.0} GB/s; {} rounds", report.read_bytes_per_s / 1e9, report.rounds);
+    for problem in &report.problems {
+        println!("not measured: {problem}");
+    }
     let mut shape = (0, 0);
     for m in &report.results {
         if shape != (m.n_rows, m.n_cols) {
