@@ -685,3 +685,109 @@ fn check_same<T: PartialEq + std::fmt::Debug + Sync>(
 fn wrong(what: &str, problem: String) -> Error {
     Error::device(format!("{what} is wrong: {problem}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use codecllm_codec::encode_tensor;
+    use codecllm_codec::encoded::{Checks, EncodeOptions};
+
+    fn matrix(n_rows: usize, n_cols: usize) -> Tensor {
+        let mut rng = SmallRng::seed_from_u64(3);
+        let mut value = || bf16::from_f32((0..4).map(|_| rng.random::<f32>() - 0.5).sum::<f32>() * 0.05);
+        let data: Vec<u8> = (0..n_rows * n_cols).flat_map(|_| value().to_le_bytes()).collect();
+        Tensor { name: "w".into(), dtype: Dtype::Bf16, shape: vec![n_rows, n_cols], data: data.into() }
+    }
+
+    fn encode(source: &Tensor, format: Format, coder: Coder) -> EncodedTensor {
+        let options = EncodeOptions { format, coder, step: Some(0.01), ..Default::default() };
+        EncodedTensor::parse(encode_tensor(source, &options).unwrap().into(), Checks::Full).unwrap()
+    }
+
+    #[test]
+    fn wrong_results_are_found() {
+        let (n_rows, n_cols, n_tokens) = (70, 48, 2);
+        let x: Vec<f32> = (0..n_tokens * n_cols).map(|i| (i % 7) as f32 - 3.0).collect();
+        let row = |row: usize| (0..n_cols).map(|c| ((row * 5 + c) % 11) as f64 - 5.0).collect::<Vec<_>>();
+        let sum = |token: usize, r: usize| {
+            let terms = row(r).into_iter().zip(&x[token * n_cols..]).map(|(w, &x)| w * f64::from(x));
+            terms.sum::<f64>() as f32
+        };
+        let mut found: Vec<f32> = (0..n_tokens * n_rows).map(|i| sum(i / n_rows, i % n_rows)).collect();
+        let check = |found: &[f32]| check_sums("a product", n_rows, &x, n_tokens, found, row, |all| 1e-6 * all);
+        check(&found).unwrap();
+        // The last row of the second token, and one that nothing was written to.
+        for wrong in [found[n_tokens * n_rows - 1] + 0.01, f32::NAN] {
+            let right = std::mem::replace(&mut found[n_tokens * n_rows - 1], wrong);
+            let problem = check(&found).unwrap_err().to_string();
+            assert!(problem.contains("row 69 of token 1"), "{problem}");
+            found[n_tokens * n_rows - 1] = right;
+        }
+        let codes: Vec<u8> = (0..100).collect();
+        check_same("a decode", 10, &codes, &codes).unwrap();
+        let mut other = codes.clone();
+        other[57] ^= 1;
+        let problem = check_same("a decode", 10, &other, &codes).unwrap_err().to_string();
+        assert!(problem.contains("row 5, column 7 is 56, expected 57"), "{problem}");
+        assert!(check_same("a decode", 10, &codes[1..], &codes).is_err());
+    }
+
+    #[test]
+    fn row_blocks_from_the_first_to_the_last_are_checked() {
+        for (n_rows, n_blocks) in [(1, 1), (33, 2), (512, 16), (28672, 16)] {
+            let blocks: Vec<_> = checked_blocks(n_rows).collect();
+            assert_eq!(blocks.len(), n_blocks);
+            assert_eq!((blocks[0].start, blocks[n_blocks - 1].end), (0, n_rows));
+            assert!(blocks.windows(2).all(|b| b[0].end <= b[1].start), "{blocks:?}");
+        }
+    }
+
+    #[test]
+    fn every_operation_agrees_with_the_host_and_is_timed() {
+        let mut bench = match Bench::open(0, 1000, 1) {
+            Ok(bench) => bench,
+            Err(e) if std::env::var_os("CODECLLM_REQUIRE_CUDA").is_none_or(|v| v != "1") => {
+                return eprintln!("skipped, for want of a GPU: {e}");
+            }
+            Err(e) => panic!("{e}"),
+        };
+        // A few copies of each will do.
+        bench.rotated_bytes = 200_000;
+        let time = |mut operation: Operation<'_>| {
+            let seconds = operation.time(1e-4).unwrap();
+            assert!(seconds > 0.0 && seconds < 1.0, "{seconds}");
+            operation.bytes as f64 / seconds
+        };
+        assert!(time(bench.read_memory().unwrap()) > 1e10);
+        for (n_rows, n_cols) in [(64, 512), (75, 1000), (33, 31)] {
+            let source = matrix(n_rows, n_cols);
+            let dense = bench.dense(&source).unwrap();
+            for n_tokens in [1, 4, 16] {
+                for by in [DenseProduct::CublasF32, DenseProduct::CublasBf16, DenseProduct::Engine] {
+                    let operation = bench.multiply_dense(&dense, by, n_tokens).unwrap();
+                    assert_eq!(
+                        operation.is_some(),
+                        if by == DenseProduct::Engine { n_tokens == 1 } else { bench.has_blas() }
+                    );
+                    operation.map(time);
+                }
+            }
+            for &format in Format::ALL {
+                let encoded = bench.encoded(encode(&source, format, Coder::Rans)).unwrap();
+                time(bench.decode(&encoded, Decoded::Codes).unwrap());
+                time(bench.decode(&encoded, Decoded::Values).unwrap());
+                for n_tokens in [1, 4, 16] {
+                    time(bench.multiply(&encoded, n_tokens).unwrap());
+                }
+                let zstd = encode(&source, format, Coder::Zstd);
+                for coder in [NvcompCoder::Zstd, NvcompCoder::Ans] {
+                    let operation = bench.nvcomp_decode(&zstd, coder).unwrap();
+                    assert_eq!(operation.is_some(), bench.nvcomp().is_ok());
+                    operation.map(|(operation, _)| time(operation));
+                }
+            }
+        }
+        let wide = bench.dense(&matrix(32, 1008)).unwrap();
+        assert!(bench.multiply_dense(&wide, DenseProduct::Engine, 1).is_err_and(|e| e.to_string().contains("1000")));
+    }
+}
