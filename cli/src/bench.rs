@@ -87,8 +87,6 @@ pub struct Args {
     /// The formats to encode in, separated by commas [default: bf16,fp8,int8; on a GPU rate, too]
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(Format))]
     format: Vec<Format>,
-    #[command(flatten)]
-    gpu: GpuArgs,
     /// Threads of the parallel measurements [default: every core]
     #[arg(long)]
     threads: Option<usize>,
@@ -107,6 +105,8 @@ pub struct Args {
     /// Print one JSON object instead of the table
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    gpu: GpuArgs,
 }
 
 /// What is measured of single operations on a GPU.

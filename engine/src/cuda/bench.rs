@@ -31,7 +31,7 @@ const ROTATED_BYTES: usize = 256 << 20;
 const GRAPH_RUNS: usize = 32;
 /// Bytes that the read of memory goes over.
 const READ_BYTES: usize = 1 << 30;
-/// As [`super::ops`] has them: threads of a block of `read_memory`, and loads of 16 bytes that each has on the way.
+/// Threads of a block of `read_memory` in bench.cu, and the bytes that it reads at once: eight loads of 16 a thread.
 const READ_THREADS: u32 = 512;
 const READ_TILE_BYTES: usize = 8 * 16 * READ_THREADS as usize;
 /// What cuBLAS is given to work in: what NVIDIA advises for Hopper.

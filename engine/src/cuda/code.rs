@@ -9,6 +9,8 @@ use std::ffi::{CStr, CString, c_char, c_int};
 pub(super) const VARIABLE: &str = "CODECLLM_NVRTC";
 const INSTALL: &str =
     "pip install 'nvidia-cuda-nvrtc>=13,<14', or the CUDA toolkit, with its folder in LD_LIBRARY_PATH";
+/// What `scripts/build-kernels.sh` compiles for.
+const AHEAD: [c_int; 6] = [80, 86, 89, 90, 100, 120];
 /// What of a compiler's log an error quotes.
 const LOG_CHARS: usize = 1000;
 
@@ -98,7 +100,11 @@ fn supported() -> Result<Vec<c_int>> {
 /// What to compile for, and whether that is machine code: which runs within a major version, from its minor version on.
 fn target(supported: &[c_int], capability: (i32, i32)) -> Result<(String, bool)> {
     let wanted = 10 * capability.0 + capability.1;
-    let Some(&best) = supported.iter().filter(|&&found| (80..=wanted).contains(&found)).max() else {
+    let fits = |found: &c_int| (80..=wanted).contains(found);
+    // The sources tell apart those that the fatbins are for.
+    let as_ahead = |found: &c_int| fits(found) && AHEAD.contains(found) && found / 10 == capability.0;
+    let nearest = |fits: &dyn Fn(&c_int) -> bool| supported.iter().copied().filter(fits).max();
+    let Some(best) = nearest(&as_ahead).or_else(|| nearest(&fits)) else {
         return Err(Error::device(format!(
             "this NVRTC does not compile for compute capability {}.{}: {INSTALL}",
             capability.0, capability.1
@@ -192,14 +198,15 @@ mod tests {
 
     #[test]
     fn the_nearest_architecture_is_chosen() {
-        let known = [75, 80, 86, 89, 90, 100, 120];
+        let known = [75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121];
         for (capability, expected) in [
             ((8, 0), ("sm_80", true)),
             ((8, 7), ("sm_86", true)),
             ((9, 0), ("sm_90a", true)),
             ((10, 3), ("sm_100", true)),
-            ((11, 0), ("compute_100", false)),
-            ((13, 0), ("compute_120", false)),
+            ((11, 0), ("sm_110", true)),
+            ((12, 1), ("sm_120", true)),
+            ((13, 0), ("compute_121", false)),
         ] {
             assert_eq!(target(&known, capability).unwrap(), (expected.0.to_string(), expected.1), "{capability:?}");
         }
