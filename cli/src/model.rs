@@ -33,6 +33,13 @@ pub struct MachineArgs {
     /// Instruction set of decoders and products: scalar, avx2 or avx512 [default: the fastest that the machine has]
     #[arg(long, value_name = "LEVEL")]
     cpu: Option<Cpu>,
+    #[command(flatten)]
+    memory: MemoryArgs,
+}
+
+/// Flags of a GPU's memory.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct MemoryArgs {
     /// GPU memory that a model may take: weights, KV cache, activations and working memory, but for the driver's own
     /// [default: what is free]
     #[arg(long, value_name = "GB")]
@@ -76,23 +83,59 @@ impl MachineArgs {
         output::set_threads(self.threads)?;
         let defaults = LoadOptions::default();
         let cpu = self.cpu.unwrap_or(defaults.cpu);
-        let vram_bytes = self.limits()?;
+        self.memory.check(self.device)?;
         Ok(match self.device {
             DeviceName::Cpu => Machine::Cpu(OnCpu(LoadOptions { cpu, threads: self.threads.unwrap_or(0), ..defaults })),
-            DeviceName::Cuda(index) => Machine::Cuda(OnCuda { index, vram_bytes, policy: self.cache }),
+            DeviceName::Cuda(index) => Machine::Cuda(OnCuda { index, memory: self.memory }),
         })
     }
+}
 
-    /// The GPU memory that a model may take, in bytes, where the user says so.
-    fn limits(&self) -> Result<Option<u64>, Error> {
-        let wrong = |problem: String| Error::from(codecllm_codec::Error::Parameter(problem));
-        if self.device == DeviceName::Cpu && (self.vram.is_some() || self.cache.is_some()) {
-            return Err(wrong("--vram and --cache are for a GPU's memory; they go with --device cuda".into()));
+/// Memory that is left free where the user does not say how much may be taken: for kernels, and what the driver rounds up.
+const SPARE_BYTES: u64 = 256 << 20;
+
+impl MemoryArgs {
+    /// Whether something of it is given.
+    pub fn is_used(&self) -> bool {
+        self.vram.is_some() || self.cache.is_some()
+    }
+
+    /// Checks what does not take a GPU to be checked.
+    pub fn check(&self, device: DeviceName) -> Result<(), Error> {
+        let wrong = |problem: String| Err(codecllm_codec::Error::Parameter(problem).into());
+        if device == DeviceName::Cpu && self.is_used() {
+            return wrong("--vram and --cache are for a GPU's memory; they go with --device cuda".into());
         }
-        if let Some(vram) = self.vram.filter(|vram| !(*vram > 0.0 && vram.is_finite())) {
-            return Err(wrong(format!("--vram is {vram}; it must be a number of GB above 0, as in --vram 8")));
+        match self.vram {
+            Some(vram) if !(vram > 0.0 && vram.is_finite()) => {
+                wrong(format!("--vram is {vram}; it must be a number of GB above 0, as in --vram 8"))
+            }
+            _ => Ok(()),
         }
-        Ok(self.vram.map(|gb| (gb * 1e9) as u64))
+    }
+
+    /// What may be kept decoded on a GPU, and the bytes that a model whose weights take `weight_bytes` may take there.
+    pub fn plan(&self, device: &Device, weight_bytes: u64) -> Result<(CachePolicy, u64), Error> {
+        device.check_room(weight_bytes)?;
+        let free = device.memory()?.0 as u64;
+        let Some(vram) = self.vram.map(|gb| (gb * 1e9) as u64) else {
+            return Ok((self.cache.unwrap_or(CachePolicy::None), free.saturating_sub(SPARE_BYTES)));
+        };
+        if vram > free {
+            let (vram, free) = (output::bytes(vram), output::bytes(free));
+            return Err(
+                format!("--vram asks for {vram}, but GPU {} has {free} free; ask for less", device.index()).into()
+            );
+        }
+        if vram < weight_bytes {
+            let (vram, needed) = (output::bytes(vram), output::bytes(weight_bytes));
+            return Err(format!(
+                "the weights alone take {needed}, and --vram gives {vram}; raise it, compress the model further, or use \
+                 --device cpu"
+            )
+            .into());
+        }
+        Ok((self.cache.unwrap_or_default(), vram))
     }
 }
 
@@ -157,45 +200,26 @@ impl Load for OnCpu {
 /// Loads models onto a GPU.
 pub struct OnCuda {
     index: usize,
-    vram_bytes: Option<u64>,
-    policy: Option<CachePolicy>,
+    memory: MemoryArgs,
 }
 
-/// Memory that is left free where the user does not say how much may be taken: for kernels, and what the driver rounds up.
-const SPARE_BYTES: u64 = 256 << 20;
-
 impl OnCuda {
-    /// Opens the GPU, for weights of so many bytes, and says what the model may take.
-    fn device(&self, weight_bytes: u64) -> Result<(Device, u64), Error> {
+    /// Loads a model from `source`, and keeps decoded what there is memory for.
+    fn load_on(
+        &self,
+        config: Config,
+        source: &dyn TensorSource,
+        purpose: Purpose,
+    ) -> Result<Model<CudaBackend>, Error> {
         let device = Device::open(self.index)?;
-        device.check_room(weight_bytes)?;
-        let free = device.memory()?.0 as u64;
-        let budget = match self.vram_bytes {
-            None => free.saturating_sub(SPARE_BYTES),
-            Some(vram) if vram > free => {
-                let (vram, free) = (output::bytes(vram), output::bytes(free));
-                return Err(
-                    format!("--vram asks for {vram}, but GPU {} has {free} free; ask for less", self.index).into()
-                );
-            }
-            Some(vram) if vram < weight_bytes => {
-                let (vram, needed) = (output::bytes(vram), output::bytes(weight_bytes));
-                return Err(format!(
-                    "the weights alone take {needed}, and --vram gives {vram}; raise it, compress the model further, or use \
-                     --device cpu"
-                )
-                .into());
-            }
-            Some(vram) => vram,
-        };
-        Ok((device, budget))
-    }
-
-    fn keep_decoded(&self, model: &mut Model<CudaBackend>, budget: u64, purpose: Purpose) -> Result<(), Error> {
-        if self.vram_bytes.is_some() || self.policy.is_some() {
-            model.keep_decoded(self.policy.unwrap_or_default(), budget, purpose.n_positions, purpose.logits)?;
+        let (policy, budget) = self.memory.plan(&device, source.n_bytes())?;
+        let bar = loading();
+        let loader = Loader::new(source, Checks::Full).with_progress(&bar);
+        let mut model = Model::on_backend(CudaBackend::new(device)?, config, &loader)?;
+        if self.memory.is_used() {
+            model.keep_decoded(policy, budget, purpose.n_positions, purpose.logits)?;
         }
-        Ok(())
+        Ok(model)
     }
 }
 
@@ -203,18 +227,11 @@ impl Load for OnCuda {
     type Backend = CudaBackend;
 
     fn load_for(&self, dir: &Path, purpose: Purpose) -> Result<Model<CudaBackend>, Error> {
-        let (device, budget) = self.device(TensorSource::n_bytes(&Checkpoint::open(dir)?))?;
-        let mut model = Model::load_on(CudaBackend::new(device)?, dir, Checks::Full, &loading())?;
-        self.keep_decoded(&mut model, budget, purpose)?;
-        Ok(model)
+        self.load_on(Config::open(dir)?, &Checkpoint::open(dir)?, purpose)
     }
 
     fn load_source(&self, config: Config, source: &dyn TensorSource) -> Result<Model<CudaBackend>, Error> {
-        let (device, budget) = self.device(source.n_bytes())?;
-        let loader = Loader::new(source, Checks::Full);
-        let mut model = Model::on_backend(CudaBackend::new(device)?, config, &loader.with_progress(&loading()))?;
-        self.keep_decoded(&mut model, budget, Purpose::evaluation(DEFAULT_WINDOW))?;
-        Ok(model)
+        self.load_on(config, source, Purpose::evaluation(DEFAULT_WINDOW))
     }
 }
 
@@ -248,21 +265,17 @@ pub fn peak_memory_bytes() -> Option<u64> {
 mod tests {
     use super::*;
 
-    fn machine(device: DeviceName, vram: Option<f64>, cache: Option<CachePolicy>) -> MachineArgs {
-        MachineArgs { device, threads: None, cpu: None, vram, cache }
-    }
-
     #[test]
     fn memory_is_for_gpus_and_a_number() {
-        let error = |machine: MachineArgs| machine.limits().err().unwrap().to_string();
+        let check = |device, vram, cache| MemoryArgs { vram, cache }.check(device).map_err(|e| e.to_string());
         for (vram, cache) in [(Some(8.0), None), (None, Some(CachePolicy::Any))] {
-            assert!(error(machine(DeviceName::Cpu, vram, cache)).contains("--device cuda"));
-            assert!(machine(DeviceName::Cuda(0), vram, cache).limits().is_ok());
+            assert!(check(DeviceName::Cpu, vram, cache).unwrap_err().contains("--device cuda"));
+            check(DeviceName::Cuda(0), vram, cache).unwrap();
         }
+        check(DeviceName::Cpu, None, None).unwrap();
         for vram in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-            assert!(error(machine(DeviceName::Cuda(0), Some(vram), None)).contains("above 0"));
+            assert!(check(DeviceName::Cuda(0), Some(vram), None).unwrap_err().contains("above 0"));
         }
-        assert_eq!(machine(DeviceName::Cuda(0), Some(1.5), None).limits().unwrap(), Some(1_500_000_000));
     }
 
     #[test]

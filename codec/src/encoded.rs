@@ -897,9 +897,22 @@ impl EncodedTensor {
     }
 
     fn zstd_frame(&self, index: usize) -> &[u8] {
+        &self.data[self.zstd_frame_range(index)]
+    }
+
+    fn zstd_frame_range(&self, index: usize) -> Range<usize> {
         let offsets = self.section(&self.sections.offsets).as_chunks::<8>().0;
-        let at = |i: usize| u64::from_le_bytes(offsets[i]) as usize;
-        &self.section(&self.sections.stream)[at(index)..at(index + 1)]
+        let at = |i: usize| self.sections.stream.start + u64::from_le_bytes(offsets[i]) as usize;
+        at(index)..at(index + 1)
+    }
+
+    /// Where the frames of a `zstd` tensor lie in [`Self::bytes`]. Each holds 65,536 bytes of the codes, the last one the rest.
+    /// None with `rans`.
+    pub fn frames(&self) -> Vec<Range<usize>> {
+        match self.header.coder {
+            Coder::Rans => Vec::new(),
+            Coder::Zstd => (0..self.header.zstd_chunks()).map(|i| self.zstd_frame_range(i)).collect(),
+        }
     }
 
     /// The values of a run of rows, row-major; only the blocks that hold them are decoded.

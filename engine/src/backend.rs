@@ -198,9 +198,8 @@ pub trait Backend: Send + Sync + Sized {
 
 /// A backend with memory of its own, in which encoded matrices may be kept decoded, and which can say what all takes.
 pub trait DeviceMemory: Backend {
-    /// The bytes of a matrix's values as BF16, and whether these are its weights to the bit. `None` where it is plain
-    /// already, or has no such form.
-    fn decoded_form(&self, matrix: &Self::Matrix) -> Option<(u64, bool)>;
+    /// The form in which a matrix would be plain; `None` where it is so already, or cannot be.
+    fn decoded_form(&self, matrix: &Self::Matrix) -> Option<DecodedForm>;
 
     /// Puts that form in the place of the encoded one.
     fn keep_decoded(&self, matrix: &mut Self::Matrix) -> Result<()>;
@@ -213,7 +212,15 @@ pub trait DeviceMemory: Backend {
 
     /// Bytes that products work in, of the matrices that were taken in so far; without the decoded matrix.
     fn working_bytes(&self) -> u64;
+}
 
-    /// Most tokens whose products do without a decoded matrix.
-    const FUSED_TOKENS: usize;
+/// A matrix's values as BF16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecodedForm {
+    /// Their bytes.
+    pub bytes: u64,
+    /// Whether they are its weights to the bit.
+    pub is_lossless: bool,
+    /// Products of more tokens read this form, in memory that all matrices share in turn.
+    pub fused_tokens: usize,
 }

@@ -411,26 +411,24 @@ impl<B: DeviceMemory> Model<B> {
     pub fn keep_decoded(&mut self, policy: CachePolicy, budget: u64, n_positions: usize, logits: Logits) -> Result<()> {
         let n_positions = n_positions.clamp(1, self.config.max_positions);
         let n_tokens = n_positions.min(B::CHUNK);
-        // What is decoded for a prompt takes its own turn in memory.
-        let is_decoded_for_prompts = n_tokens > B::FUSED_TOKENS;
-        let is_tied = self.head.is_none();
-        let footprint = |matrix: &B::Matrix| {
+        let footprint = |matrix: &B::Matrix, most_tokens: usize| {
             let form = self.backend.decoded_form(matrix);
             let is_allowed = match policy {
                 CachePolicy::None => false,
-                CachePolicy::Lossless => form.is_some_and(|(_, is_lossless)| is_lossless),
+                CachePolicy::Lossless => form.is_some_and(|form| form.is_lossless),
                 CachePolicy::Any => true,
             };
-            Footprint { bytes: self.backend.matrix_bytes(matrix), decoded: form.map(|(bytes, _)| bytes), is_allowed }
+            let is_shared = form.is_some_and(|form| most_tokens > form.fused_tokens);
+            let bytes = self.backend.matrix_bytes(matrix);
+            Footprint { bytes, decoded: form.map(|form| form.bytes), is_allowed, is_shared }
         };
-        let is_head_shared = is_decoded_for_prompts && logits == Logits::All;
-        let mut units: Vec<Unit> = Vec::new();
-        for layer in &self.layers {
-            let matrices = layer.linears().map(|linear| footprint(&linear.matrix)).to_vec();
-            units.push(Unit { matrices, is_shared: is_decoded_for_prompts });
-        }
-        units.extend(self.head.iter().map(|head| Unit { matrices: vec![footprint(head)], is_shared: is_head_shared }));
-        units.push(Unit { matrices: vec![footprint(&self.embedding)], is_shared: is_tied && is_head_shared });
+        let head_tokens = if logits == Logits::All { n_tokens } else { 1 };
+        let layers = self.layers.iter().map(|layer| {
+            let linears = layer.linears().into_iter();
+            linears.map(|linear| footprint(&linear.matrix, n_tokens)).collect::<Unit>()
+        });
+        let rest = self.head.iter().chain([&self.embedding]).map(|matrix| vec![footprint(matrix, head_tokens)]);
+        let units: Vec<Unit> = layers.chain(rest).collect();
 
         let (encoded_bytes, _) = memory::unit_bytes(&units, 0);
         let vector_bytes = self.weight_bytes - encoded_bytes;
@@ -439,18 +437,17 @@ impl<B: DeviceMemory> Model<B> {
         let others = vector_bytes + working_bytes + sequence_bytes;
         let fitting = memory::units_that_fit(&units, others, sequence_bytes, budget);
         let n_decoded = fitting.unwrap_or(0);
-        let mut decoded_bytes = 0;
-        for m in units[..n_decoded].iter().flat_map(|unit| &unit.matrices).filter(|m| m.is_allowed) {
-            decoded_bytes += m.decoded.unwrap_or(0);
-        }
+        let decoded_bytes = units[..n_decoded].iter().flatten().filter_map(Footprint::kept).sum();
         let (unit_bytes, scratch_bytes) = memory::unit_bytes(&units, n_decoded);
-        let is_decoded = |unit: &&Unit| unit.matrices.iter().all(|m| m.decoded.is_none() || m.is_allowed);
         let n_layers = self.layers.len();
-        let has_decoded = |unit: &&Unit| unit.matrices.iter().any(|m| m.decoded.is_some());
+        // All that can be, and something.
+        let is_decoded = |unit: &&Unit| {
+            unit.iter().any(|m| m.kept().is_some()) && unit.iter().all(|m| m.decoded.is_none() || m.is_allowed)
+        };
         let found = MemoryUse {
             policy,
             budget_bytes: budget,
-            n_decoded_layers: units[..n_decoded.min(n_layers)].iter().filter(is_decoded).filter(has_decoded).count(),
+            n_decoded_layers: units[..n_decoded.min(n_layers)].iter().filter(is_decoded).count(),
             n_layers,
             decoded_bytes,
             other_weight_bytes: vector_bytes + unit_bytes - decoded_bytes,
@@ -465,8 +462,8 @@ impl<B: DeviceMemory> Model<B> {
         let linears = layers.iter_mut().map(|layer| layer.linears_mut().map(|linear| &mut linear.matrix).into());
         let rest = head.iter_mut().chain([embedding]).map(|matrix| vec![matrix]);
         for (unit, matrices) in units.iter().zip(linears.chain(rest)).take(n_decoded) {
-            for (m, matrix) in unit.matrices.iter().zip::<Vec<_>>(matrices) {
-                if m.is_allowed && m.decoded.is_some() {
+            for (m, matrix) in unit.iter().zip::<Vec<_>>(matrices) {
+                if m.kept().is_some() {
                     backend.keep_decoded(matrix)?;
                 }
             }

@@ -33,12 +33,7 @@ impl FromStr for CachePolicy {
 }
 
 /// The matrices that share a decision: those of a layer, or one alone.
-#[derive(Debug, Default)]
-pub(crate) struct Unit {
-    pub matrices: Vec<Footprint>,
-    /// Whether products of many tokens read it, for which what is encoded is decoded into memory that all share.
-    pub is_shared: bool,
-}
+pub(crate) type Unit = Vec<Footprint>;
 
 /// Bytes of a matrix.
 #[derive(Debug, Clone, Copy)]
@@ -49,37 +44,28 @@ pub(crate) struct Footprint {
     pub decoded: Option<u64>,
     /// Whether it may be kept so.
     pub is_allowed: bool,
+    /// Whether products decode it, where it is not kept so, into memory that all matrices share.
+    pub is_shared: bool,
 }
 
 impl Footprint {
-    fn is_decoded_at(&self, chosen: bool) -> Option<u64> {
-        self.decoded.filter(|_| chosen && self.is_allowed)
-    }
-}
-
-impl Unit {
-    /// Bytes of the unit, and of the memory in which the largest of its matrices that stays encoded is decoded for a prompt.
-    fn bytes(&self, chosen: bool) -> (u64, u64) {
-        let (mut bytes, mut scratch) = (0, 0);
-        for m in &self.matrices {
-            match m.is_decoded_at(chosen) {
-                Some(decoded) => bytes += decoded,
-                None => {
-                    bytes += m.bytes;
-                    scratch = scratch.max(m.decoded.filter(|_| self.is_shared).unwrap_or(0));
-                }
-            }
-        }
-        (bytes, scratch)
+    /// Bytes of the form in which it may be kept.
+    pub fn kept(&self) -> Option<u64> {
+        self.decoded.filter(|_| self.is_allowed)
     }
 }
 
 /// Bytes of all units and of the scratch that they share, where the first `n` are decoded.
 pub(crate) fn unit_bytes(units: &[Unit], n: usize) -> (u64, u64) {
-    units.iter().enumerate().fold((0, 0), |(bytes, scratch), (i, unit)| {
-        let (b, s) = unit.bytes(i < n);
-        (bytes + b, scratch.max(s))
-    })
+    let (mut bytes, mut scratch) = (0, 0);
+    for (i, unit) in units.iter().enumerate() {
+        for m in unit {
+            let kept = m.kept().filter(|_| i < n);
+            bytes += kept.unwrap_or(m.bytes);
+            scratch = scratch.max(m.decoded.filter(|_| m.is_shared && kept.is_none()).unwrap_or(0));
+        }
+    }
+    (bytes, scratch)
 }
 
 /// How many of the first units fit decoded into `budget` bytes, beside `others`; `None` where not even the encoded ones do.
@@ -92,8 +78,8 @@ pub(crate) fn units_that_fit(units: &[Unit], others: u64, later: u64, budget: u6
     let mut reached = 0;
     let mut now = unit_bytes(units, 0).0 + others - later;
     'units: for unit in units {
-        for m in &unit.matrices {
-            if let Some(decoded) = m.is_decoded_at(true) {
+        for m in unit {
+            if let Some(decoded) = m.kept() {
                 if now + decoded > budget {
                     break 'units;
                 }
@@ -156,12 +142,12 @@ mod tests {
     use super::*;
 
     fn encoded(bytes: u64, decoded: u64) -> Footprint {
-        Footprint { bytes, decoded: Some(decoded), is_allowed: true }
+        Footprint { bytes, decoded: Some(decoded), is_allowed: true, is_shared: true }
     }
 
     fn units() -> Vec<Unit> {
-        let layer = || Unit { matrices: vec![encoded(40, 100), encoded(60, 150)], is_shared: true };
-        vec![layer(), layer(), layer(), Unit { matrices: vec![encoded(70, 180)], is_shared: false }]
+        let layer = || vec![encoded(40, 100), encoded(60, 150)];
+        vec![layer(), layer(), layer(), vec![Footprint { is_shared: false, ..encoded(70, 180) }]]
     }
 
     #[test]
@@ -195,7 +181,7 @@ mod tests {
 
     #[test]
     fn both_forms_of_a_matrix_fit_at_any_time() {
-        let units = [Unit { matrices: vec![encoded(70, 80)], is_shared: false }];
+        let units = [vec![Footprint { is_shared: false, ..encoded(70, 80) }]];
         assert_eq!(units_that_fit(&units, 0, 0, 149), Some(0));
         assert_eq!(units_that_fit(&units, 0, 0, 150), Some(1));
         // What comes later leaves its room.
@@ -205,9 +191,9 @@ mod tests {
 
     #[test]
     fn what_is_plain_or_not_allowed_stays() {
-        let fixed = Footprint { bytes: 50, decoded: None, is_allowed: true };
+        let fixed = Footprint { bytes: 50, decoded: None, is_allowed: true, is_shared: true };
         let rounded = Footprint { is_allowed: false, ..encoded(40, 100) };
-        let units = [Unit { matrices: vec![fixed, rounded, encoded(10, 20)], is_shared: true }];
+        let units = [vec![fixed, rounded, encoded(10, 20)]];
         assert_eq!(unit_bytes(&units, 0), (100, 100));
         assert_eq!(unit_bytes(&units, 1), (110, 100));
         assert_eq!(units_that_fit(&units, 0, 0, 199), None);

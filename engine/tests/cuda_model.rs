@@ -1,12 +1,11 @@
 //! Models on a GPU against the same on the CPU. Without a GPU the tests say so and pass, unless `CODECLLM_REQUIRE_CUDA` is
 //! set to 1.
 
-use codecllm_codec::Cpu;
-use codecllm_codec::Format;
 use codecllm_codec::archive::{self, Decoders, Silent, Status};
 use codecllm_codec::checkpoint::{Checkpoint, Dtype, Tensor};
 use codecllm_codec::encoded::{Checks, EncodeOptions, EncodedTensor, encode_tensor};
 use codecllm_codec::quantize::Codes;
+use codecllm_codec::{Coder, Cpu, Format};
 use codecllm_engine::cuda::{CudaBackend, CudaDecoder, Device};
 use codecllm_engine::evaluate::GREEDY_PROMPTS;
 use codecllm_engine::weights::Loader;
@@ -161,7 +160,7 @@ fn spare_memory_keeps_the_first_layers_decoded() {
     // Weights that would be rounded are kept only where that is allowed.
     let dir = root().join("engine/tests/data/qwen3");
     let (config, checkpoint) = (Config::open(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
-    let int8 = Encoded(&checkpoint, Format::Int8);
+    let int8 = Encoded(&checkpoint, Format::Int8, Coder::Rans);
     for (policy, n) in [(CachePolicy::Lossless, 0), (CachePolicy::Any, config.n_layers)] {
         let mut model = on_cuda(&config, &int8).unwrap();
         model.keep_decoded(policy, u64::MAX >> 1, 50, Logits::Last).unwrap();
@@ -223,7 +222,7 @@ fn the_gpus_decoder_is_proven_and_damage_is_reported() {
 }
 
 /// A checkpoint whose matrices are encoded as they are asked for.
-struct Encoded<'a>(&'a Checkpoint, Format);
+struct Encoded<'a>(&'a Checkpoint, Format, Coder);
 
 impl TensorSource for Encoded<'_> {
     fn tensor(&self, name: &str) -> codecllm_engine::Result<Option<Tensor>> {
@@ -231,7 +230,7 @@ impl TensorSource for Encoded<'_> {
         if tensor.shape.len() != 2 {
             return Ok(Some(tensor));
         }
-        let data = encode_tensor(&tensor, &EncodeOptions { format: self.1, ..EncodeOptions::default() })?;
+        let data = encode_tensor(&tensor, &EncodeOptions { format: self.1, coder: self.2, ..Default::default() })?;
         Ok(Some(Tensor { dtype: Dtype::U8, shape: vec![data.len()], data: data.into(), ..tensor }))
     }
 }
@@ -242,9 +241,30 @@ fn every_format_agrees_with_the_cpu() {
         let dir = root().join("engine/tests/data").join(name);
         let (config, checkpoint) = (Config::open(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
         for format in [Format::Bf16, Format::Fp8, Format::Int8] {
-            let source = Encoded(&checkpoint, format);
+            let source = Encoded(&checkpoint, format, Coder::Rans);
             let Some(cuda) = on_cuda(&config, &source) else { return };
             compare(&format!("{name} {format}"), &on_cpu(&config, &source), &cuda, 60.min(config.max_positions));
+        }
+    }
+}
+
+#[test]
+fn coder_zstd_agrees_with_the_cpu_where_nvcomp_is_installed() {
+    for name in ["llama-bias", "qwen3"] {
+        let dir = root().join("engine/tests/data").join(name);
+        let (config, checkpoint) = (Config::open(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
+        for format in [Format::Bf16, Format::Fp8, Format::Int8] {
+            let source = Encoded(&checkpoint, format, Coder::Zstd);
+            let Some(backend) = cuda() else { return };
+            let cuda = match Model::on_backend(backend, config.clone(), &Loader::new(&source, Checks::None)) {
+                Ok(cuda) => cuda,
+                Err(e) => {
+                    assert!(e.to_string().contains("pip install 'nvidia-libnvcomp-cu13"), "{e}");
+                    let _ = writeln!(std::io::stderr(), "SKIPPED: {e}");
+                    return;
+                }
+            };
+            compare(&format!("{name} {format} zstd"), &on_cpu(&config, &source), &cuda, 60.min(config.max_positions));
         }
     }
 }

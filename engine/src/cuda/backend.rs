@@ -12,10 +12,12 @@ use super::encoded::{self, EncodedKernels, EncodedMatrix, OperandBuffer, PRODUCT
 use super::host::{Pinned, Upload};
 use super::ops::{self, Kernels, NONE, Rows};
 use super::sample::{DrawState, SampleKernels};
-use crate::backend::{Attention, Backend, CacheShape, DeviceMemory, Input, Logits, Norm, Projection};
+use super::zstd::{Zstd, ZstdMatrix};
+use crate::backend::{Attention, Backend, CacheShape, DecodedForm, DeviceMemory, Input, Logits, Norm, Projection};
 use crate::error::{Error, Result};
 use crate::sampler::{self, Draw};
 use crate::weights::{DenseType, Weight};
+use codecllm_codec::Coder;
 use cudarc::driver::sys::{CUdeviceptr, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaFunction, CudaGraph, CudaSlice, DevicePtr, DevicePtrMut};
 use half::bf16;
@@ -39,6 +41,8 @@ pub struct CudaBackend {
     upload: Mutex<Upload>,
     encoded: EncodedKernels,
     scratch: Mutex<Scratch>,
+    /// Opened for the first tensor of that coder.
+    zstd: Mutex<Option<Zstd>>,
 }
 
 /// What products of encoded matrices need, one after another. It grows while a model is loaded, and for a first prompt.
@@ -67,7 +71,7 @@ impl CudaBackend {
             // SAFETY: it is empty.
             decoded: unsafe { device.stream().alloc(0) }.map_err(failed("allocating memory"))?,
         });
-        Ok(Self { device, kernels, sample, blas, upload, encoded, scratch })
+        Ok(Self { device, kernels, sample, blas, upload, encoded, scratch, zstd: Mutex::new(None) })
     }
 
     /// The GPU.
@@ -100,6 +104,7 @@ pub struct Matrix(Storage);
 enum Storage {
     Dense(Dense),
     Encoded(Box<EncodedMatrix>),
+    Zstd(Box<ZstdMatrix>),
 }
 
 /// BF16, `[n_rows, stride]`
@@ -115,6 +120,7 @@ impl Matrix {
         match &self.0 {
             Storage::Dense(dense) => dense.n_rows,
             Storage::Encoded(encoded) => encoded.n_rows(),
+            Storage::Zstd(zstd) => zstd.n_rows(),
         }
     }
 
@@ -122,6 +128,7 @@ impl Matrix {
         match &self.0 {
             Storage::Dense(dense) => dense.n_cols,
             Storage::Encoded(encoded) => encoded.n_cols(),
+            Storage::Zstd(zstd) => zstd.n_cols(),
         }
     }
 }
@@ -283,14 +290,16 @@ impl CudaBackend {
         assert!(products.iter().all(|p| p.matrix.n_cols() == x.n_cols()), "a product's input has the matrix's width");
         let mut dense = Vec::new();
         let mut encoded = Vec::new();
+        let mut zstd = Vec::new();
         for product in products {
             match &product.matrix.0 {
                 Storage::Dense(matrix) => dense.push((matrix, product)),
                 Storage::Encoded(matrix) => encoded.push((&**matrix, product)),
+                Storage::Zstd(matrix) => zstd.push((&**matrix, product)),
             }
         }
         let blas = self.blas.as_ref().filter(|_| x.n_tokens > 1);
-        if blas.is_some() && (!dense.is_empty() || x.n_tokens > PRODUCT_TOKENS) {
+        if blas.is_some() && (!dense.is_empty() || !zstd.is_empty() || x.n_tokens > PRODUCT_TOKENS) {
             self.normalize(&x, None)?;
         }
         match blas {
@@ -304,6 +313,14 @@ impl CudaBackend {
                 for rows in rows.chunks(ops::MAX_PRODUCTS) {
                     self.matvec(&self.kernels.matvec_dense, &x, rows)?;
                 }
+            }
+        }
+        for (matrix, product) in zstd {
+            let decoded = &mut self.scratch().decoded;
+            let stride = self.decode_zstd(matrix, decoded)?;
+            match blas {
+                Some(blas) => self.many(blas, &x, address(decoded), stride, product)?,
+                None => self.matvec(&self.kernels.matvec_dense, &x, &[rows(address(decoded), product)])?,
             }
         }
         if encoded.is_empty() {
@@ -378,12 +395,43 @@ impl CudaBackend {
 
     /// Decodes a matrix into `decoded`, which grows where it has to.
     fn decode(&self, matrix: &EncodedMatrix, decoded: &mut CudaSlice<bf16>) -> Result<()> {
-        let len = matrix.n_rows() * matrix.n_cols();
+        self.grow_decoded(matrix.n_rows() * matrix.n_cols(), decoded)?;
+        self.encoded.decode(&self.device, &mut [(matrix, decoded)])
+    }
+
+    fn grow_decoded(&self, len: usize, decoded: &mut CudaSlice<bf16>) -> Result<()> {
         if decoded.len() < len {
             // SAFETY: every element is written before it is read.
             *decoded = unsafe { self.device.stream().alloc(len) }.map_err(|e| self.device.out_of_memory(e, 2 * len))?;
         }
-        self.encoded.decode(&self.device, &mut [(matrix, decoded)])
+        Ok(())
+    }
+
+    /// The same for a matrix of coder `zstd`, in rows of as many elements as are returned.
+    fn decode_zstd(&self, matrix: &ZstdMatrix, decoded: &mut CudaSlice<bf16>) -> Result<usize> {
+        let stride = matrix.n_cols().next_multiple_of(ROW_ALIGN);
+        self.grow_decoded(matrix.n_rows() * stride, decoded)?;
+        match &mut *self.zstd() {
+            Some(zstd) => zstd.decode(&self.device, matrix, decoded, stride)?,
+            None => return Err(Error::device("a matrix of coder `zstd` is another backend's")),
+        }
+        Ok(stride)
+    }
+
+    fn zstd(&self) -> MutexGuard<'_, Option<Zstd>> {
+        self.zstd.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Checks that the product of one token has room for the activations of a matrix's columns.
+    fn check_cols(&self, n_cols: usize) -> Result<()> {
+        let room = self.dense_cols();
+        if n_cols.next_multiple_of(ROW_ALIGN) > room {
+            return Err(Error::unsupported(
+                "--device cuda",
+                format!("a matrix has {n_cols} columns; this GPU's shared memory has room for {room}"),
+            ));
+        }
+        Ok(())
     }
 
     /// What products straight from the compressed blocks read, up to sixteen tokens. One token's norm is part of them.
@@ -443,6 +491,15 @@ impl Backend for CudaBackend {
                     ),
                 ));
             }
+            Weight::Encoded(tensor) if tensor.coder() == Coder::Zstd => {
+                self.check_cols(tensor.n_cols())?;
+                let zstd = &mut *self.zstd();
+                let zstd = match zstd {
+                    Some(zstd) => zstd,
+                    none => none.insert(Zstd::new(&self.device)?),
+                };
+                return Ok(Matrix(Storage::Zstd(Box::new(zstd.matrix(&self.device, &tensor)?))));
+            }
             Weight::Encoded(tensor) => {
                 let matrix = EncodedMatrix::upload(&self.device, &self.encoded, &mut self.upload(), &tensor)?;
                 self.scratch().grow(self, matrix.n_cols())?;
@@ -450,13 +507,7 @@ impl Backend for CudaBackend {
             }
         };
         let stride = n_cols.next_multiple_of(ROW_ALIGN);
-        let room = self.dense_cols();
-        if stride > room {
-            return Err(Error::unsupported(
-                "--device cuda",
-                format!("a matrix has {n_cols} columns; this GPU's shared memory has room for {room}"),
-            ));
-        }
+        self.check_cols(n_cols)?;
         let mut to = self.device.zeros::<bf16>(n_rows * stride)?;
         // SAFETY: the allocation has n_rows rows of `stride` weights.
         unsafe { self.upload().copy(&self.device, &data, address_mut(&mut to), 2 * n_cols, 2 * stride)? };
@@ -516,6 +567,7 @@ impl Backend for CudaBackend {
         match &matrix.0 {
             Storage::Dense(dense) => dense.data.num_bytes() as u64,
             Storage::Encoded(encoded) => encoded.bytes(),
+            Storage::Zstd(zstd) => zstd.bytes(),
         }
     }
 
@@ -531,6 +583,8 @@ impl Backend for CudaBackend {
     }
 
     fn run(&self, recording: Option<&mut Recording>, pass: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+        // nvCOMP does not promise that its calls can be recorded.
+        let recording = recording.filter(|_| self.zstd().is_none());
         let Some(recording) = recording else { return pass() };
         if recording.0.is_none() {
             let stream = self.device.stream();
@@ -553,8 +607,14 @@ impl Backend for CudaBackend {
         // SAFETY: both sides have room for the position and the batch's tokens.
         unsafe { self.device.launch(&self.kernels.begin_step, grid, &params)? };
 
-        let table = match &table.0 {
-            Storage::Dense(table) => table,
+        let mut scratch;
+        let (table, stride) = match &table.0 {
+            Storage::Dense(table) => (address(&table.data), table.stride),
+            Storage::Zstd(table) => {
+                scratch = self.scratch();
+                let stride = self.decode_zstd(table, &mut scratch.decoded)?;
+                (address(&scratch.decoded), stride)
+            }
             Storage::Encoded(table) => {
                 let n_tokens = batch.n_tokens;
                 return self.encoded.gather_rows(&self.device, table, &batch.tokens, n_tokens, &mut out.data);
@@ -562,10 +622,10 @@ impl Backend for CudaBackend {
         };
         let params = ops::EmbedDense {
             tokens,
-            table: address(&table.data),
+            table,
             out: address_mut(&mut out.data),
-            n_cols: table.n_cols as u32,
-            stride: table.stride as u32,
+            n_cols: out.width as u32,
+            stride: stride as u32,
         };
         let grid = Grid { blocks: (n_tokens, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
         // SAFETY: the model checked that the table has a row for each token; the output has one for each, too.
@@ -735,24 +795,29 @@ impl Backend for CudaBackend {
 }
 
 impl DeviceMemory for CudaBackend {
-    const FUSED_TOKENS: usize = PRODUCT_TOKENS;
-
     /// None where a row would not begin at a multiple of 16 bytes, or has more columns than plain matrices may have.
-    fn decoded_form(&self, matrix: &Matrix) -> Option<(u64, bool)> {
-        let Storage::Encoded(encoded) = &matrix.0 else { return None };
-        let n_cols = encoded.n_cols();
-        let is_possible = n_cols.is_multiple_of(ROW_ALIGN) && n_cols <= self.dense_cols();
-        is_possible.then(|| (2 * (encoded.n_rows() * n_cols) as u64, encoded.is_lossless()))
+    fn decoded_form(&self, matrix: &Matrix) -> Option<DecodedForm> {
+        let n_cols = matrix.n_cols();
+        let bytes = 2 * (matrix.n_rows() * n_cols.next_multiple_of(ROW_ALIGN)) as u64;
+        match &matrix.0 {
+            Storage::Dense(_) => None,
+            Storage::Encoded(encoded) => (n_cols.is_multiple_of(ROW_ALIGN) && n_cols <= self.dense_cols())
+                .then(|| DecodedForm { bytes, is_lossless: encoded.is_lossless(), fused_tokens: PRODUCT_TOKENS }),
+            Storage::Zstd(zstd) => Some(DecodedForm { bytes, is_lossless: zstd.is_lossless(), fused_tokens: 0 }),
+        }
     }
 
     fn keep_decoded(&self, matrix: &mut Matrix) -> Result<()> {
-        let Storage::Encoded(encoded) = &matrix.0 else { return Ok(()) };
         assert!(self.decoded_form(matrix).is_some(), "a matrix without a decoded form is not decoded");
-        let (n_rows, n_cols) = (encoded.n_rows(), encoded.n_cols());
+        let (n_rows, n_cols) = (matrix.n_rows(), matrix.n_cols());
         let mut data = self.device.zeros::<bf16>(0)?;
-        self.decode(encoded, &mut data)?;
+        let stride = match &matrix.0 {
+            Storage::Dense(_) => return Ok(()),
+            Storage::Encoded(encoded) => self.decode(encoded, &mut data).map(|()| n_cols)?,
+            Storage::Zstd(zstd) => self.decode_zstd(zstd, &mut data)?,
+        };
         // The encoded form's memory is given back in the stream's order, so after the decoder.
-        matrix.0 = Storage::Dense(Dense { data, n_rows, n_cols, stride: n_cols });
+        matrix.0 = Storage::Dense(Dense { data, n_rows, n_cols, stride });
         Ok(())
     }
 
@@ -769,7 +834,8 @@ impl DeviceMemory for CudaBackend {
     fn working_bytes(&self) -> u64 {
         let Scratch { operand, normed, decoded, .. } = &*self.scratch();
         let scratch = (operand.n_bytes() + normed.num_bytes() + decoded.num_bytes()) as u64;
-        self.encoded.n_bytes() + scratch + if self.has_blas() { BLAS_BYTES } else { 0 }
+        let zstd = self.zstd().as_ref().map_or(0, Zstd::working_bytes);
+        self.encoded.n_bytes() + scratch + zstd + if self.has_blas() { BLAS_BYTES } else { 0 }
     }
 }
 

@@ -6,6 +6,7 @@ mod external;
 
 pub use external::{External, ExternalMatrix};
 
+use super::code;
 use super::device::{Device, Grid, failed};
 use super::host::Upload;
 use crate::error::{Error, Result};
@@ -242,7 +243,7 @@ impl EncodedKernels {
 
     /// Loads the kernels, with memory for so many partial sums and row blocks: none where launches are given their own.
     fn with_scratch(device: &Device, n_partials: usize, n_row_blocks: usize) -> Result<Self> {
-        let module = device.load(include_bytes!("../../cuda/encoded.fatbin"))?;
+        let module = device.load(&code::ENCODED)?;
         let prepare = |name| device.kernel(&module, name, 0);
         let mut instances = Vec::new();
         let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
@@ -339,7 +340,7 @@ fn check_layout(tensor: &Layout) -> Result<&Params> {
     let Some(params) = tensor.params() else {
         return Err(Error::unsupported(
             "encoded tensor",
-            "its coder is `zstd`, which the GPU does not decode; compress the model with coder `rans`",
+            "its coder is `zstd`, which these kernels do not decode; compress the model with coder `rans`",
         ));
     };
     let geometry = tensor.geometry();
@@ -1177,103 +1178,6 @@ mod tests {
                 kernels.product(&device, &mut operand, plain_input(&x, n_tokens), &mut products).unwrap();
             }
             device.synchronize().unwrap();
-        }
-    }
-
-    /// Times on the device machine; prints a table.
-    #[test]
-    #[ignore = "a bench"]
-    fn bench() {
-        let (device, kernels) = gpu().unwrap();
-        let stream = device.stream();
-        let mut operand = kernels.operand(&device, 16384).unwrap();
-        let rows_made = 256;
-        for (n_rows, n_cols) in [(14336, 4096), (4096, 4096), (5632, 2048), (2048, 2048), (28672, 8192)] {
-            let source = random(rows_made * n_cols, 3);
-            let make = |f: f32, top: f32| {
-                let values =
-                    source.iter().enumerate().map(|(i, v)| if top > 0.0 && i % n_cols == 0 { top } else { v * f });
-                let data: Vec<u8> =
-                    values.cycle().take(n_rows * n_cols).flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect();
-                Tensor { name: "w".into(), dtype: Dtype::Bf16, shape: vec![n_rows, n_cols], data: data.into() }
-            };
-            let params = |g, t, k, w, c, bias| Params {
-                parts_per_symbol: g,
-                table_bits: t,
-                raw_bits: k,
-                part_bits: w,
-                block_cols: c,
-                bias,
-            };
-            let narrow = make(7.07, 127.0);
-            let cases = [
-                ("narrow", &narrow, Format::Int8, params(8, 10, 4, 1, 256, 0)),
-                ("narrow", &narrow, Format::Int8, params(8, 10, 4, 1, 512, 0)),
-                ("narrow", &narrow, Format::Int8, params(4, 11, 3, 3, 512, 0)),
-                ("narrow", &narrow, Format::Int8, params(8, 10, 4, 1, 128, 0)),
-                ("absmax", &make(1.0, 2.9), Format::Int8, params(4, 10, 6, 2, 512, 0)),
-                ("absmax", &make(1.0, 2.9), Format::Int8, params(8, 10, 7, 1, 512, 0)),
-                ("bf16", &make(0.02, 0.0), Format::Bf16, params(4, 12, 9, 3, 512, 108 << 7)),
-            ];
-            for (what, source, format, params) in cases {
-                if n_rows * n_cols > 1 << 25 && params.block_cols < 256 {
-                    continue;
-                }
-                let t = parse(
-                    encode_tensor(source, &EncodeOptions { format, params: Some(params), ..Default::default() })
-                        .unwrap(),
-                );
-                let copies = (300_000_000 / t.bytes().len()).clamp(2, 40);
-                let matrices: Vec<_> =
-                    (0..copies).map(|_| EncodedMatrix::new(&device, &kernels, &t).unwrap()).collect();
-                let x = stream.clone_htod(&random(16 * n_cols, 1)).unwrap();
-                let mut out: CudaSlice<f32> = stream.alloc_zeros(16 * n_rows).unwrap();
-                let mut values: CudaSlice<bf16> = stream.alloc_zeros(n_rows * n_cols).unwrap();
-                let mut codes: CudaSlice<u8> = stream.alloc_zeros(2 * n_rows * n_cols).unwrap();
-                let bits = t.bytes().len() as f64 * 8.0 / (n_rows * n_cols) as f64;
-                print!(
-                    "{n_rows:>6}x{n_cols:<5}{what:>7} g{} k{} C{:<5}{bits:6.3} bits",
-                    params.parts_per_symbol, params.raw_bits, params.block_cols
-                );
-                for work in [1, 4, 16, 0, 100] {
-                    let mut run = |matrix: &EncodedMatrix| match work {
-                        0 => kernels.decode(&device, &mut [(matrix, &mut values)]).unwrap(),
-                        100 => kernels.decode_codes(&device, &mut [(matrix, &mut codes)]).unwrap(),
-                        n => {
-                            let products = &mut [Product { matrix, bias: None, out: &mut out, adds: false }];
-                            kernels.product(&device, &mut operand, plain_input(&x, n), products).unwrap()
-                        }
-                    };
-                    run(&matrices[0]);
-                    device.synchronize().unwrap();
-                    stream
-                        .begin_capture(cudarc::driver::sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-                        .unwrap();
-                    matrices.iter().for_each(&mut run);
-                    let flags =
-                        cudarc::driver::sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-                    let graph = stream.end_capture(flags).unwrap().unwrap();
-                    graph.launch().unwrap();
-                    device.synchronize().unwrap();
-                    let start = std::time::Instant::now();
-                    let n = 5;
-                    for _ in 0..n {
-                        graph.launch().unwrap();
-                    }
-                    device.synchronize().unwrap();
-                    let us = start.elapsed().as_secs_f64() * 1e6 / (n * copies) as f64;
-                    print!(
-                        "  {}: {us:7.2} us {:5.2} T",
-                        match work {
-                            0 => "bf16".into(),
-                            100 => "codes".into(),
-                            n => format!("x{n}"),
-                        },
-                        (n_rows * n_cols) as f64 / us / 1e6
-                    );
-                }
-                println!();
-            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Draws of tokens on a GPU: the kernels in `engine/cuda/sample.cu`, and their memory. Nothing but the token comes back.
 
+use super::code;
 use super::device::{Device, Grid};
 use super::host::Pinned;
 use crate::error::{Error, Result};
@@ -85,7 +86,7 @@ impl DrawState {
 
 impl SampleKernels {
     pub fn load(device: &Device) -> Result<Self> {
-        let module = device.load(include_bytes!("../../cuda/sample.fatbin"))?;
+        let module = device.load(&code::SAMPLE)?;
         let kernel = |name| device.kernel(&module, name, 0);
         Ok(Self {
             penalize: kernel("penalize")?,
