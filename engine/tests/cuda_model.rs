@@ -256,7 +256,7 @@ fn coder_zstd_agrees_with_the_cpu_where_nvcomp_is_installed() {
         for format in [Format::Bf16, Format::Fp8, Format::Int8] {
             let source = Encoded(&checkpoint, format, Coder::Zstd);
             let Some(backend) = cuda() else { return };
-            let cuda = match Model::on_backend(backend, config.clone(), &Loader::new(&source, Checks::None)) {
+            let mut cuda = match Model::on_backend(backend, config.clone(), &Loader::new(&source, Checks::None)) {
                 Ok(cuda) => cuda,
                 Err(e) => {
                     assert!(e.to_string().contains("pip install 'nvidia-libnvcomp-cu13"), "{e}");
@@ -264,7 +264,11 @@ fn coder_zstd_agrees_with_the_cpu_where_nvcomp_is_installed() {
                     return;
                 }
             };
-            compare(&format!("{name} {format} zstd"), &on_cpu(&config, &source), &cuda, 60.min(config.max_positions));
+            let (cpu, n_tokens) = (on_cpu(&config, &source), 60.min(config.max_positions));
+            compare(&format!("{name} {format} zstd"), &cpu, &cuda, n_tokens);
+            cuda.keep_decoded(CachePolicy::Any, u64::MAX >> 1, n_tokens, Logits::All).unwrap();
+            assert_eq!(cuda.memory().unwrap().n_decoded_layers, config.n_layers);
+            compare(&format!("{name} {format} zstd, kept decoded"), &cpu, &cuda, n_tokens);
         }
     }
 }
