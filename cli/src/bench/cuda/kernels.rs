@@ -300,7 +300,7 @@ pub fn print_table(report: &Report) {
         }
         println!(
             "{:<24} {:<13} {:<16} {:>6} {:>11.3} {:>9.2} {:>5.0} % {:>11.3} {:>8.3} {:>9}",
-            m.name,
+            if m.is_graph { m.name.clone() } else { format!("{} (no graph)", m.name) },
             m.format,
             m.operation,
             m.tokens.map_or(String::new(), |n| n.to_string()),
