@@ -27,5 +27,11 @@ if python3 -c 'import ctypes; ctypes.CDLL("libnvrtc.so.13")' 2>/dev/null; then
     CODECLLM_NVRTC=1 cargo test --release -p codecllm-engine --lib cuda::encoded::tests::decodes -- --nocapture 2>&1 |
         tee "$out/kernels-nvrtc.log"
 fi
+cargo test --release -p codecllm-engine --lib cuda::sample::tests::bench -- --ignored --nocapture 2>&1 | tee "$out/draws.log"
+cargo run --release -- verify assets/tales-5m --device cuda --json | tee "$out/verify.json"
+for cache in none lossless; do
+    cargo run --release -- run assets/tales-5m --device cuda --vram 2 --cache "$cache" -p 'Once upon a time' --temperature 0.8 --json |
+        tee "$out/cache-$cache.json"
+done
 cargo run --release -- demo --device cuda --json | tee "$out/demo.json"
 cargo run --release -- bench --device cuda --json | tee "$out/bench.json"

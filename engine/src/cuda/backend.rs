@@ -11,10 +11,11 @@ use super::device::{Device, Grid, failed};
 use super::encoded::{self, EncodedKernels, EncodedMatrix, OperandBuffer, PRODUCT_TOKENS};
 use super::host::{Pinned, Upload};
 use super::ops::{self, Kernels, NONE, Rows};
+use super::sample::{DrawState, SampleKernels};
 use super::zstd::{Zstd, ZstdMatrix};
-use crate::backend::{Attention, Backend, CacheShape, Input, Logits, Norm, Projection};
+use crate::backend::{Attention, Backend, CacheShape, DeviceMemory, Input, Logits, Norm, Projection};
 use crate::error::{Error, Result};
-use crate::sampler;
+use crate::sampler::{self, Draw};
 use crate::weights::{DenseType, Weight};
 use codecllm_codec::Coder;
 use cudarc::driver::sys::{CUdeviceptr, CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -26,6 +27,8 @@ use std::sync::{Mutex, MutexGuard};
 const ROW_ALIGN: usize = 8;
 /// Threads of kernels that go over a token's activations.
 const ROW_THREADS: u32 = 256;
+/// What cuBLAS takes for itself on the largest GPUs, in bytes.
+const BLAS_BYTES: u64 = 32 << 20;
 /// Blocks that choose a token.
 const CHOOSE_BLOCKS: u32 = 32;
 
@@ -33,6 +36,7 @@ const CHOOSE_BLOCKS: u32 = 32;
 pub struct CudaBackend {
     device: Device,
     kernels: Kernels,
+    sample: SampleKernels,
     blas: Option<Blas>,
     upload: Mutex<Upload>,
     encoded: EncodedKernels,
@@ -56,6 +60,7 @@ impl CudaBackend {
     /// A backend on a GPU.
     pub fn new(device: Device) -> Result<Self> {
         let kernels = Kernels::load(&device)?;
+        let sample = SampleKernels::load(&device)?;
         let blas = Blas::load(&device)?;
         let upload = Mutex::new(Upload::new(&device)?);
         let encoded = EncodedKernels::new(&device)?;
@@ -66,7 +71,7 @@ impl CudaBackend {
             // SAFETY: it is empty.
             decoded: unsafe { device.stream().alloc(0) }.map_err(failed("allocating memory"))?,
         });
-        Ok(Self { device, kernels, blas, upload, encoded, scratch, zstd: Mutex::new(None) })
+        Ok(Self { device, kernels, sample, blas, upload, encoded, scratch, zstd: Mutex::new(None) })
     }
 
     /// The GPU.
@@ -104,7 +109,7 @@ enum Storage {
 
 /// BF16, `[n_rows, stride]`
 struct Dense {
-    data: CudaSlice<u16>,
+    data: CudaSlice<bf16>,
     n_rows: usize,
     n_cols: usize,
     stride: usize,
@@ -156,6 +161,7 @@ pub struct Batch {
     /// What the blocks that choose share: the best so far, and how many are done.
     best: CudaSlice<u64>,
     done: CudaSlice<u32>,
+    draw: DrawState,
 }
 
 /// Keys and values of one layer, BF16, each `[n_kv_heads, capacity, head_dim padded]`.
@@ -243,6 +249,15 @@ fn address_mut<T>(slice: &mut CudaSlice<T>) -> CUdeviceptr {
 impl CudaBackend {
     fn scratch(&self) -> MutexGuard<'_, Scratch> {
         self.scratch.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn upload(&self) -> MutexGuard<'_, Upload> {
+        self.upload.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Columns that plain matrices may have: a token's activations lie in shared memory.
+    fn dense_cols(&self) -> usize {
+        (self.device.shared_bytes() - self.ring_bytes()) as usize / 4
     }
 
     fn ring_bytes(&self) -> u32 {
@@ -409,7 +424,7 @@ impl CudaBackend {
 
     /// Checks that the product of one token has room for the activations of a matrix's columns.
     fn check_cols(&self, n_cols: usize) -> Result<()> {
-        let room = (self.device.shared_bytes() - self.ring_bytes()) as usize / 4;
+        let room = self.dense_cols();
         if n_cols.next_multiple_of(ROW_ALIGN) > room {
             return Err(Error::unsupported(
                 "--device cuda",
@@ -483,20 +498,22 @@ impl Backend for CudaBackend {
                     Some(zstd) => zstd,
                     none => none.insert(Zstd::new(&self.device)?),
                 };
-                return Ok(Matrix(Storage::Zstd(Box::new(zstd.matrix(&self.device, &tensor)?))));
+                let matrix = zstd.matrix(&self.device, &tensor)?;
+                let len = matrix.n_rows() * matrix.n_cols().next_multiple_of(ROW_ALIGN);
+                self.grow_decoded(len, &mut self.scratch().decoded)?;
+                return Ok(Matrix(Storage::Zstd(Box::new(matrix))));
             }
             Weight::Encoded(tensor) => {
-                let matrix = EncodedMatrix::new(&self.device, &self.encoded, &tensor)?;
+                let matrix = EncodedMatrix::upload(&self.device, &self.encoded, &mut self.upload(), &tensor)?;
                 self.scratch().grow(self, matrix.n_cols())?;
                 return Ok(Matrix(Storage::Encoded(Box::new(matrix))));
             }
         };
         let stride = n_cols.next_multiple_of(ROW_ALIGN);
         self.check_cols(n_cols)?;
-        let mut to = self.device.zeros::<u16>(n_rows * stride)?;
-        let mut upload = self.upload.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut to = self.device.zeros::<bf16>(n_rows * stride)?;
         // SAFETY: the allocation has n_rows rows of `stride` weights.
-        unsafe { upload.copy(&self.device, &data, address_mut(&mut to), 2 * n_cols, 2 * stride)? };
+        unsafe { self.upload().copy(&self.device, &data, address_mut(&mut to), 2 * n_cols, 2 * stride)? };
         Ok(Matrix(Storage::Dense(Dense { data: to, n_rows, n_cols, stride })))
     }
 
@@ -506,36 +523,32 @@ impl Backend for CudaBackend {
     }
 
     fn buffer(&self, n_tokens: usize, width: usize) -> Result<Buffer> {
-        let stride = width.next_multiple_of(ROW_ALIGN);
-        let n_narrow = if n_tokens > 1 { n_tokens } else { 0 };
+        let BufferSizes { data, narrow, rest } = BufferSizes::new(n_tokens, width);
         Ok(Buffer {
-            data: self.device.zeros(n_tokens * width)?,
-            narrow: self.device.zeros(n_narrow * stride)?,
-            rest: self.device.zeros(n_narrow.min(PRODUCT_TOKENS) * stride)?,
+            data: self.device.zeros(data)?,
+            narrow: self.device.zeros(narrow)?,
+            rest: self.device.zeros(rest)?,
             width,
         })
     }
 
     fn cache(&self, shape: CacheShape) -> Result<Cache> {
-        let CacheShape { capacity, n_heads, n_kv_heads, head_dim } = shape;
-        let cached_dim = cached_dim(&shape);
-        if !ops::CACHED_DIMS.contains(&cached_dim) {
+        let head_dim = shape.head_dim;
+        if !ops::CACHED_DIMS.contains(&cached_dim(&shape)) {
             let most = ops::CACHED_DIMS[3];
             return Err(Error::unsupported(
                 "--device cuda",
                 format!("attention heads have {head_dim} elements; the GPU's kernels take up to {most}"),
             ));
         }
-        let n_blocks = head_blocks(&shape);
-        let n_shares = capacity.div_ceil(ops::ONE_TILE);
-        let n_shares = n_shares.min(2 * self.device.n_multiprocessors() as usize / n_blocks).max(1);
+        let CacheSizes { values, n_shares, partial, done } = CacheSizes::new(&self.device, &shape);
         Ok(Cache {
             shape,
-            keys: self.device.zeros(n_kv_heads * capacity * cached_dim)?,
-            values: self.device.zeros(n_kv_heads * capacity * cached_dim)?,
+            keys: self.device.zeros(values)?,
+            values: self.device.zeros(values)?,
             n_shares: n_shares as u32,
-            partial: self.device.zeros(n_heads * n_shares * (cached_dim + 2))?,
-            done: self.device.zeros(n_blocks)?,
+            partial: self.device.zeros(partial)?,
+            done: self.device.zeros(done)?,
         })
     }
 
@@ -549,6 +562,7 @@ impl Backend for CudaBackend {
             choice_host: Pinned::new(&self.device, 8)?,
             best: self.device.zeros(1)?,
             done: self.device.zeros(1)?,
+            draw: DrawState::new(&self.device)?,
         })
     }
 
@@ -761,6 +775,13 @@ impl Backend for CudaBackend {
         if logit.is_nan() { Err(sampler::not_a_number(token)) } else { Ok(token) }
     }
 
+    /// The host waits for the token alone. It waited for the one before, too, so that no launch reads what this one's are given.
+    fn sample(&self, batch: &mut Batch, logits: &mut Buffer, draw: &Draw) -> Result<u32> {
+        let Batch { draw: state, choice_host, .. } = &mut *batch;
+        self.sample.issue(&self.device, state, &logits.data, logits.width, choice_host, draw)?;
+        self.likeliest(batch, logits)
+    }
+
     fn write(&self, buffer: &mut Buffer, values: &[f32]) -> Result<()> {
         let stream = self.device.stream();
         stream
@@ -773,6 +794,81 @@ impl Backend for CudaBackend {
         let stream = self.device.stream();
         stream.memcpy_dtoh(&buffer.data.slice(..out.len()), out).map_err(failed("copying logits"))?;
         self.device.synchronize()
+    }
+}
+
+impl DeviceMemory for CudaBackend {
+    const FUSED_TOKENS: usize = PRODUCT_TOKENS;
+
+    /// None where a row would not begin at a multiple of 16 bytes, or has more columns than plain matrices may have.
+    fn decoded_form(&self, matrix: &Matrix) -> Option<(u64, bool)> {
+        let Storage::Encoded(encoded) = &matrix.0 else { return None };
+        let n_cols = encoded.n_cols();
+        let is_possible = n_cols.is_multiple_of(ROW_ALIGN) && n_cols <= self.dense_cols();
+        is_possible.then(|| (2 * (encoded.n_rows() * n_cols) as u64, encoded.is_lossless()))
+    }
+
+    fn keep_decoded(&self, matrix: &mut Matrix) -> Result<()> {
+        let Storage::Encoded(encoded) = &matrix.0 else { return Ok(()) };
+        assert!(self.decoded_form(matrix).is_some(), "a matrix without a decoded form is not decoded");
+        let (n_rows, n_cols) = (encoded.n_rows(), encoded.n_cols());
+        let mut data = self.device.zeros::<bf16>(0)?;
+        self.decode(encoded, &mut data)?;
+        // The encoded form's memory is given back in the stream's order, so after the decoder.
+        matrix.0 = Storage::Dense(Dense { data, n_rows, n_cols, stride: n_cols });
+        Ok(())
+    }
+
+    fn buffer_bytes(&self, n_tokens: usize, width: usize) -> u64 {
+        let BufferSizes { data, narrow, rest } = BufferSizes::new(n_tokens, width);
+        (4 * data + 2 * (narrow + rest)) as u64
+    }
+
+    fn cache_bytes(&self, shape: CacheShape) -> u64 {
+        let CacheSizes { values, partial, done, .. } = CacheSizes::new(&self.device, &shape);
+        (2 * 2 * values + 4 * (partial + done)) as u64
+    }
+
+    fn working_bytes(&self) -> u64 {
+        let Scratch { operand, normed, decoded, .. } = &*self.scratch();
+        let scratch = (operand.n_bytes() + normed.num_bytes() + decoded.num_bytes()) as u64;
+        let zstd = self.zstd().as_ref().map_or(0, Zstd::bytes);
+        self.encoded.n_bytes() + scratch + zstd + if self.has_blas() { BLAS_BYTES } else { 0 }
+    }
+}
+
+/// Elements of what a [`Buffer`] holds.
+struct BufferSizes {
+    data: usize,
+    narrow: usize,
+    rest: usize,
+}
+
+impl BufferSizes {
+    fn new(n_tokens: usize, width: usize) -> Self {
+        let stride = width.next_multiple_of(ROW_ALIGN);
+        let n_narrow = if n_tokens > 1 { n_tokens } else { 0 };
+        Self { data: n_tokens * width, narrow: n_narrow * stride, rest: n_narrow.min(PRODUCT_TOKENS) * stride }
+    }
+}
+
+/// Elements of what a [`Cache`] holds.
+struct CacheSizes {
+    /// Of the keys, and of the values.
+    values: usize,
+    n_shares: usize,
+    partial: usize,
+    done: usize,
+}
+
+impl CacheSizes {
+    fn new(device: &Device, shape: &CacheShape) -> Self {
+        let &CacheShape { capacity, n_heads, n_kv_heads, .. } = shape;
+        let (cached_dim, n_blocks) = (cached_dim(shape), head_blocks(shape));
+        let n_shares = capacity.div_ceil(ops::ONE_TILE);
+        let n_shares = n_shares.min(2 * device.n_multiprocessors() as usize / n_blocks).max(1);
+        let partial = n_heads * n_shares * (cached_dim + 2);
+        Self { values: n_kv_heads * capacity * cached_dim, n_shares, partial, done: n_blocks }
     }
 }
 

@@ -8,6 +8,7 @@ pub use external::{External, ExternalMatrix};
 
 use super::code;
 use super::device::{Device, Grid, failed};
+use super::host::Upload;
 use crate::error::{Error, Result};
 use codecllm_codec::block::{BLOCK_ROWS, Params};
 use codecllm_codec::{EncodedTensor, Format, Layout};
@@ -147,6 +148,13 @@ pub(super) struct OperandBuffer {
     max_cols: usize,
 }
 
+impl OperandBuffer {
+    /// Its bytes in the GPU's memory.
+    pub fn n_bytes(&self) -> usize {
+        self.data.num_bytes()
+    }
+}
+
 /// A matrix, encoded, in a GPU's memory.
 pub(super) struct EncodedMatrix {
     format: Format,
@@ -158,7 +166,7 @@ pub(super) struct EncodedMatrix {
     /// Where its row blocks count the strips that are done; 0 for the memory that all matrices share.
     arrived: u64,
     /// What the description points to; none where that is another's.
-    _storage: Option<(CudaSlice<u8>, CudaSlice<u64>)>,
+    _storage: Option<(CudaSlice<u8>, CudaSlice<u8>)>,
 }
 
 /// The kernels for one format, and for the encoder's codecs or for any.
@@ -265,6 +273,11 @@ impl EncodedKernels {
         })
     }
 
+    /// Bytes of the memory that products share.
+    pub fn n_bytes(&self) -> u64 {
+        (self.partials.num_bytes() + self.arrived.num_bytes() + self.units.num_bytes()) as u64
+    }
+
     /// Room for the activations of up to 16 tokens of up to `max_cols` columns.
     pub fn operand(&self, device: &Device, max_cols: usize) -> Result<OperandBuffer> {
         let data = device.zeros(max_cols.next_multiple_of(32) * 4 * PRODUCT_TOKENS)?;
@@ -348,19 +361,30 @@ fn check_layout(tensor: &Layout) -> Result<&Params> {
 }
 
 impl EncodedMatrix {
-    /// Takes an encoded tensor to the GPU.
+    /// Takes an encoded tensor to the GPU, its bytes as they lie in the archive.
     ///
     /// # Errors
     /// A tensor of coder `zstd`, more rows or columns than the kernels count, too little memory.
-    pub fn new(device: &Device, kernels: &EncodedKernels, tensor: &EncodedTensor) -> Result<Self> {
+    pub fn upload(
+        device: &Device,
+        kernels: &EncodedKernels,
+        upload: &mut Upload,
+        tensor: &EncodedTensor,
+    ) -> Result<Self> {
         let layout = tensor.layout();
         let entries = table_entries(&layout, check_layout(&layout)?);
+        let data = upload.take(device, tensor.bytes())?;
+        let table = upload.take(device, bytemuck::cast_slice(&entries))?;
         let stream = device.stream();
-        let data = stream.clone_htod(&tensor.bytes()[..]).map_err(|e| device.out_of_memory(e, tensor.bytes().len()))?;
-        let table = stream.clone_htod(&entries).map_err(|e| device.out_of_memory(e, 8 * entries.len()))?;
         let mut matrix = Self::describe(kernels, &layout, data.device_ptr(stream).0, table.device_ptr(stream).0)?;
         matrix._storage = Some((data, table));
         Ok(matrix)
+    }
+
+    /// The same with memory of its own to go through.
+    #[cfg(test)]
+    pub fn new(device: &Device, kernels: &EncodedKernels, tensor: &EncodedTensor) -> Result<Self> {
+        Self::upload(device, kernels, &mut Upload::new(device)?, tensor)
     }
 
     /// A matrix whose bytes lie at `base` and its table at `table`.
@@ -413,6 +437,11 @@ impl EncodedMatrix {
     /// Bytes in the GPU's memory.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Whether its values are BF16 to the bit.
+    pub fn is_lossless(&self) -> bool {
+        self.format.is_lossless()
     }
 
     fn n_row_blocks(&self) -> usize {

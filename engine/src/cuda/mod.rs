@@ -8,13 +8,16 @@ mod backend;
 pub mod bench;
 mod blas;
 mod code;
+mod decoder;
 mod device;
 mod encoded;
 mod host;
 mod nvcomp;
 mod ops;
+mod sample;
 mod zstd;
 
 pub use backend::{Batch, Buffer, Cache, CudaBackend, Matrix, Recording, Vector};
+pub use decoder::CudaDecoder;
 pub use device::Device;
 pub use encoded::{External, ExternalMatrix};

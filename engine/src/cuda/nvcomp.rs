@@ -151,6 +151,11 @@ impl Chunks {
     pub fn bytes(&self) -> u64 {
         (self.n_bytes + 16 * self.n_chunks) as u64
     }
+
+    /// Bytes that the chunks hold.
+    pub fn out_bytes(&self) -> usize {
+        self.out_bytes
+    }
 }
 
 impl Room {
@@ -171,6 +176,11 @@ impl Room {
             temp: device.zeros(nvcomp.temp_bytes(device, method, n_chunks.min(CALL_CHUNKS))?)?,
             out,
         })
+    }
+
+    /// Bytes in the GPU's memory.
+    pub fn bytes(&self) -> u64 {
+        (self.out.len() + 28 * self.outs.len() + self.temp.len()) as u64
     }
 
     /// Whether a buffer of so many bytes fits.
