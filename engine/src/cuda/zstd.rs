@@ -1,7 +1,7 @@
 //! Matrices of coder `zstd` on a GPU: their frames lie there as they are in the archive, and whenever one is used, nvCOMP decompresses
 //! it into a buffer that all share, from which its values are made for a dense product.
 //!
-//! For comparison and interoperation: it takes several times as long as the engine's own decoder.
+//! For comparison and interoperation: every use pays for writing the decoded matrix to memory and reading it again.
 
 use super::code;
 use super::device::{Device, Grid, failed};
