@@ -5,17 +5,20 @@
 #   scripts/build-kernels.sh            rebuild, and print each kernel's registers and spills
 #   scripts/build-kernels.sh --check    compare a fresh build with the committed one
 #   scripts/build-kernels.sh --arch 90a rebuild for one architecture, for quick work (not to be committed)
+#   scripts/build-kernels.sh sample     rebuild engine/cuda/sample.cu alone, with or without the options
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 version=13.0.88
 architectures=(80 86 89 90a 100 120)
 check=false
+names=()
 while (($#)); do
     case $1 in
     --check) check=true ;;
     --arch) shift && architectures=("$1") ;;
-    *) echo "usage: $0 [--check] [--arch ARCHITECTURE]" >&2 && exit 2 ;;
+    -*) echo "usage: $0 [--check] [--arch ARCHITECTURE] [NAME...]" >&2 && exit 2 ;;
+    *) names+=("$1") ;;
     esac
     shift
 done
@@ -37,8 +40,11 @@ done
 
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-for source in engine/cuda/*.cu; do
-    name=$(basename "$source" .cu)
+if ((${#names[@]} == 0)); then
+    for source in engine/cuda/*.cu; do names+=("$(basename "$source" .cu)"); done
+fi
+for name in "${names[@]}"; do
+    source=engine/cuda/$name.cu
     nvcc -std=c++17 -O3 -Xptxas -v -fatbin --compress-mode=size "${targets[@]}" -o "$out/$name.fatbin" "$source" \
         2>"$out/$name.log" || { cat "$out/$name.log" >&2 && exit 1; }
     sed -nE "s/.*Compiling entry function '([^']*)' for '([^']*)'/\2 \1/p; s/.*info *: (Used .*)/    \1/p; /spill/p" \

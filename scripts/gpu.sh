@@ -2,6 +2,8 @@
 # All checks and benches that need a GPU, in one call, on a machine that has one and Rust.
 #
 #   scripts/gpu.sh [FOLDER]   results go to FOLDER (default: target/gpu)
+#
+# nvCOMP is tested and measured where it is found (docs/cuda.md): pip install 'nvidia-libnvcomp-cu13>=6,<7', CODECLLM_NVCOMP=.../libnvcomp.so.6
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-target/gpu}
@@ -20,7 +22,16 @@ if [[ -n ${CODECLLM_WHEEL:-} ]]; then
 fi
 cargo test --release -p codecllm-engine --lib cuda -- --nocapture 2>&1 | tee "$out/kernels.log"
 cargo test --release -p codecllm-engine --test cuda_model -- --nocapture 2>&1 | tee "$out/models.log"
-cargo run --release -- demo --device cuda --json | tee "$out/demo.json"
-for shape in tinyllama-1.1b llama-3-8b; do
-    cargo run --release -- bench --device cuda --model-shape "$shape" --json | tee "$out/$shape.json"
+# The same kernels as NVRTC compiles them, where it is installed.
+if python3 -c 'import ctypes; ctypes.CDLL("libnvrtc.so.13")' 2>/dev/null; then
+    CODECLLM_NVRTC=1 cargo test --release -p codecllm-engine --lib cuda::encoded::tests::decodes -- --nocapture 2>&1 |
+        tee "$out/kernels-nvrtc.log"
+fi
+cargo test --release -p codecllm-engine --lib cuda::sample::tests::bench -- --ignored --nocapture 2>&1 | tee "$out/draws.log"
+cargo run --release -- verify assets/tales-5m --device cuda --json | tee "$out/verify.json"
+for cache in none lossless; do
+    cargo run --release -- run assets/tales-5m --device cuda --vram 2 --cache "$cache" -p 'Once upon a time' --temperature 0.8 --json |
+        tee "$out/cache-$cache.json"
 done
+cargo run --release -- demo --device cuda --json | tee "$out/demo.json"
+cargo run --release -- bench --device cuda --json | tee "$out/bench.json"

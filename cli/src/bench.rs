@@ -5,9 +5,9 @@ mod peers;
 mod workload;
 
 use crate::model::DeviceName;
-use crate::output::{self, CliResult};
+use crate::output::CliResult;
 use bytes::Bytes;
-use codecllm_codec::block::BLOCK_ROWS;
+use codecllm_codec::block::{BLOCK_ROWS, Params};
 use codecllm_codec::checkpoint::{Dtype, Tensor};
 use codecllm_codec::encoded::{Checks, CodesMut, EncodedTensor, encode_tensor};
 use codecllm_codec::product::Operand;
@@ -50,6 +50,8 @@ const PRODUCT_TOLERANCE: f64 = 5e-4;
 const DECODE_ROWS: usize = 2 * BLOCK_ROWS;
 /// Weights of a matrix that are verified.
 const VERIFY_MAX_WEIGHTS: usize = 1 << 24;
+/// Seconds of a measurement, in each round, where nothing is said.
+const SECONDS: f64 = 0.3;
 /// Positions of the caches that generation is measured with.
 const GENERATE_CAPACITY: usize = 256;
 
@@ -63,22 +65,27 @@ const GENERATE_CAPACITY: usize = 256;
 /// With --model-shape, and with neither model nor shape, the weights are drawn from a seed, with the row scales and the
 /// tails of trained models. A shape too large for the memory is stood for by some of its layers, and then has no
 /// tokens/s.
+///
+/// With --device cuda: single operations (--kernels) and whole models (--model-shape). An operation is compared with the host's, bit for bit
+/// where it is exact, and then timed as the replay of a CUDA graph, beside cuBLAS and, where it is installed, NVIDIA's nvCOMP.
 #[derive(clap::Args)]
 pub struct Args {
     /// A checkpoint or an archive (which is decoded, and encoded anew in each format)
     #[arg(conflicts_with_all = ["shape", "model_shape"])]
     model: Option<PathBuf>,
     /// One matrix, outputs x inputs, as in 5632x2048 [default: 4096x4096]
-    #[arg(long, value_name = "ROWSxCOLS", value_parser = parse_shape, conflicts_with = "model_shape")]
-    shape: Option<(usize, usize)>,
-    /// All matrices of a model of this shape
-    #[arg(long, value_enum)]
-    model_shape: Option<ModelShape>,
-    /// What is measured: cpu, or cuda for whole models on an NVIDIA GPU (with --model-shape)
+    ///
+    /// On a GPU several, separated by commas [default: seven of Llama models]
+    #[arg(long, value_name = "ROWSxCOLS", value_delimiter = ',', value_parser = parse_shape)]
+    shape: Vec<(usize, usize)>,
+    /// All matrices of a model of this shape; on a GPU the model itself, and several, separated by commas
+    #[arg(long, value_enum, value_delimiter = ',')]
+    model_shape: Vec<ModelShape>,
+    /// What is measured: cpu, or an NVIDIA GPU, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: DeviceName,
-    /// The formats to encode in, separated by commas
-    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(Format), default_value = "bf16,fp8,int8")]
+    /// The formats to encode in, separated by commas [default: bf16,fp8,int8; on a GPU rate, too]
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(Format))]
     format: Vec<Format>,
     /// Threads of the parallel measurements [default: every core]
     #[arg(long)]
@@ -86,9 +93,9 @@ pub struct Args {
     /// The instruction-set level of the products (decoders are measured at every level) [default: the best]
     #[arg(long)]
     cpu: Option<Cpu>,
-    /// Seconds of each measurement, in each round
-    #[arg(long, default_value_t = 0.3)]
-    seconds: f64,
+    /// Seconds of each measurement, in each round [default: 0.3; on a GPU 0.02]
+    #[arg(long)]
+    seconds: Option<f64>,
     /// Rounds, of which the median counts
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -98,6 +105,58 @@ pub struct Args {
     /// Print one JSON object instead of the table
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    gpu: GpuArgs,
+}
+
+/// What is measured of single operations on a GPU.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Operations on a GPU (--device cuda)")]
+pub struct GpuArgs {
+    /// Measure single operations: reading memory, BF16 products by cuBLAS and by this engine, and each format's decoding and products
+    ///
+    /// Without this, and without the options below and --shape, --model-shape measures whole models alone; with none of them, both are
+    /// measured.
+    #[arg(long)]
+    kernels: bool,
+    /// Tokens of the products, separated by commas, 1 to 16 [default: 1,4,16]
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', value_parser = clap::value_parser!(u8).range(1..=16))]
+    batch: Vec<u8>,
+    /// Bits a weight that `rate` is to take, all metadata counted [default: 4.5]
+    #[arg(long, value_name = "BITS", value_parser = parse_bits)]
+    bits: Option<f64>,
+    /// What the encoder is to favour: size, balanced or speed [default: speed]
+    #[arg(long)]
+    prefer: Option<Prefer>,
+    /// The coder's parameters, as docs/format.md names them, in place of those that the encoder would choose
+    #[arg(long, value_name = "G,T,k,w,C[,B]", value_parser = parse_params)]
+    params: Option<Params>,
+}
+
+impl GpuArgs {
+    fn is_used(&self) -> bool {
+        let Self { kernels, batch, bits, prefer, params } = self;
+        *kernels || !batch.is_empty() || bits.is_some() || prefer.is_some() || params.is_some()
+    }
+}
+
+fn parse_bits(text: &str) -> std::result::Result<f64, String> {
+    let bits = text.parse().ok().filter(|bits| (1.5..=7.3).contains(bits));
+    bits.ok_or_else(|| format!("expected 1.5 to 7.3, as in 4.5; found `{text}`"))
+}
+
+fn parse_params(text: &str) -> std::result::Result<Params, String> {
+    let numbers: Option<Vec<i32>> = text.split(',').map(|n| n.parse().ok()).collect();
+    let (params, bias) = match numbers.as_deref() {
+        Some(&[g, t, k, w, c]) => ([g, t, k, w, c], 0),
+        Some(&[g, t, k, w, c, bias]) => ([g, t, k, w, c], bias),
+        _ => return Err(format!("expected G,T,k,w,C or G,T,k,w,C,B, as in 8,10,4,1,512; found `{text}`")),
+    };
+    let [Ok(parts_per_symbol), Ok(table_bits), Ok(raw_bits), Ok(part_bits), Ok(block_cols)] = params.map(u32::try_from)
+    else {
+        return Err(format!("expected numbers that are not negative; found `{text}`"));
+    };
+    Ok(Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols, bias })
 }
 
 fn parse_shape(text: &str) -> std::result::Result<(usize, usize), String> {
@@ -151,25 +210,33 @@ pub fn run(args: Args) -> CliResult {
         }
     }
     let cpu = args.cpu.unwrap_or_else(Cpu::detect);
-    if !(args.seconds > 0.0 && args.rounds > 0) {
+    if !(args.seconds.is_none_or(|s| s > 0.0) && args.rounds > 0) {
         return Err("--seconds and --rounds have to be greater than zero".into());
     }
     if let DeviceName::Cuda(index) = args.device {
-        let shape = args.model_shape.ok_or("--device cuda measures whole models; say which with --model-shape")?;
-        let report = cuda::measure(index, shape, &formats, args.seed, args.rounds)?;
-        if args.json {
-            output::print_json(&report)?;
-        } else {
-            cuda::print_table(&report);
+        if args.model.is_some() {
+            return Err("--device cuda draws what it measures; leave out the model".into());
         }
-        return Ok(ExitCode::SUCCESS);
+        return cuda::run(index, &args, (!formats.is_empty()).then_some(&formats[..]));
     }
+    if args.gpu.is_used() {
+        return Err("--kernels, --batch, --bits, --prefer and --params need --device cuda".into());
+    }
+    if formats.is_empty() {
+        formats = vec![Format::Bf16, Format::Fp8, Format::Int8];
+    }
+    let (shape, model_shape) = match (&args.shape[..], &args.model_shape[..]) {
+        ([], []) => (None, None),
+        (&[shape], []) => (Some(shape), None),
+        ([], &[model_shape]) => (None, Some(model_shape)),
+        _ => return Err("the CPU measures one thing at a time: one --shape or one --model-shape".into()),
+    };
 
     let cache_bytes = (4 * last_level_cache_bytes()).max(256 << 20);
     // BF16 and plain INT8 always, and what each format takes at most.
     let encoded: f64 = formats.iter().map(|f| if f.is_lossless() { 1.5 } else { 1.0 }).sum();
     eprintln!("drawing or reading the weights");
-    let workload = match (&args.model, args.model_shape, args.shape) {
+    let workload = match (&args.model, model_shape, shape) {
         (Some(dir), ..) => Workload::of_checkpoint(dir, cache_bytes)?,
         (_, Some(shape), _) => Workload::of_model_shape(shape, args.seed, 3.0 + encoded, cache_bytes)?,
         (.., shape) => {
@@ -180,7 +247,7 @@ pub fn run(args: Args) -> CliResult {
     eprintln!("{}", workload.title);
     let bench = Bench::new(workload, &formats, cpu, n_threads, args.seed)?;
     let checks = bench.verify()?;
-    let results = bench.measure(args.seconds, args.rounds, 4 * cache_bytes)?;
+    let results = bench.measure(args.seconds.unwrap_or(SECONDS), args.rounds, 4 * cache_bytes)?;
     let report = Report {
         workload: bench.workload.title.clone(),
         weights_per_pass: bench.workload.weights_per_pass(),
@@ -914,6 +981,19 @@ mod tests {
         for bad in ["", "5632", "0x1", "1x", "-1x2", "1x2x3", "99999999x1"] {
             assert!(parse_shape(bad).unwrap_err().contains("ROWSxCOLS"), "{bad}");
         }
+    }
+
+    #[test]
+    fn the_coders_parameters_are_parsed_or_explained() {
+        let params =
+            Params { parts_per_symbol: 4, table_bits: 12, raw_bits: 9, part_bits: 3, block_cols: 512, bias: 0 };
+        assert_eq!(parse_params("4,12,9,3,512"), Ok(params));
+        assert_eq!(parse_params("4,12,9,3,512,13824"), Ok(Params { bias: 13824, ..params }));
+        for bad in ["", "4,12,9,3", "4,12,9,3,512,0,0", "4,12,9,3,x", "-4,12,9,3,512"] {
+            assert!(parse_params(bad).is_err(), "{bad}");
+        }
+        assert_eq!(parse_bits("4.5"), Ok(4.5));
+        assert!(parse_bits("9").unwrap_err().contains("1.5 to 7.3"));
     }
 
     #[test]

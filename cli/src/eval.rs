@@ -1,11 +1,12 @@
 //! `codecllm eval`.
 
-use crate::model::{Load, Machine, MachineArgs, read_text};
+use crate::hub;
+use crate::model::{Load, Machine, MachineArgs, Purpose, describe_memory, read_text};
 use crate::output::{self, CliResult};
 use codecllm_engine::evaluate::{
     DEFAULT_GREEDY_TOKENS, DEFAULT_WINDOW, Evaluation, GreedyComparison, compare_greedy, text_tokens,
 };
-use codecllm_engine::{Tokenizer, evaluate};
+use codecllm_engine::{MemoryUse, Tokenizer, evaluate};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -66,6 +67,8 @@ struct Outcome {
     greedy_prompts: Option<usize>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     greedy: Vec<Greedy>,
+    /// What the model takes of the GPU's memory, with --vram or --cache.
+    gpu_memory: Option<MemoryUse>,
 }
 
 #[derive(Serialize)]
@@ -87,13 +90,17 @@ pub fn run(args: Args) -> CliResult {
 
 fn run_on(args: &Args, machine: &impl Load) -> CliResult {
     let text = read_text(&args.text)?;
-    let (dir, model) = machine.open(&args.model)?;
+    output::catch_ctrl_c()?;
+    let load = |name: &str| {
+        let dir = hub::resolve(name, hub::DEFAULT_REVISION)?;
+        Ok::<_, output::Error>((machine.load_for(&dir, Purpose::evaluation(args.window))?, dir))
+    };
+    let (model, dir) = load(&args.model)?;
     let tokenizer = Tokenizer::open(&dir)?;
-    let baseline = args.baseline.as_ref().map(|name| machine.open(name)).transpose()?.map(|(_, model)| model);
+    let baseline = args.baseline.as_ref().map(|name| load(name)).transpose()?.map(|(model, _)| model);
     let mut tokens = text_tokens(&tokenizer, &text)?;
     tokens.truncate(args.tokens.unwrap_or(usize::MAX));
 
-    output::catch_ctrl_c()?;
     let bar = output::steps_bar("evaluating", "tokens", tokens.len());
     let evaluation = evaluate(&model, baseline.as_ref(), &tokens, args.window, output::advance(&bar))?;
     bar.finish_and_clear();
@@ -107,7 +114,7 @@ fn run_on(args: &Args, machine: &impl Load) -> CliResult {
         return Err(codecllm_codec::Error::Interrupted.into());
     }
 
-    let outcome = Outcome::new(evaluation, greedy, args.window);
+    let outcome = Outcome::new(evaluation, greedy, args.window, model.memory().copied());
     if args.json {
         output::print_json(&outcome)?;
     } else {
@@ -117,7 +124,12 @@ fn run_on(args: &Args, machine: &impl Load) -> CliResult {
 }
 
 impl Outcome {
-    fn new(evaluation: Evaluation, greedy: Vec<GreedyComparison>, window: usize) -> Self {
+    fn new(
+        evaluation: Evaluation,
+        greedy: Vec<GreedyComparison>,
+        window: usize,
+        gpu_memory: Option<MemoryUse>,
+    ) -> Self {
         let is_identical = |g: &&GreedyComparison| g.first_difference.is_none();
         let comparison = evaluation.comparison;
         Self {
@@ -130,11 +142,15 @@ impl Outcome {
             greedy_identical: (!greedy.is_empty()).then(|| greedy.iter().filter(is_identical).count()),
             greedy_prompts: (!greedy.is_empty()).then_some(greedy.len()),
             greedy: greedy.into_iter().map(Greedy::from).collect(),
+            gpu_memory,
         }
     }
 
     fn print(&self) -> Result<(), output::Error> {
         output::print(format_args!("perplexity           {:.4}  ({} predictions)", self.perplexity, self.n_tokens))?;
+        if let Some(memory) = &self.gpu_memory {
+            output::print(format_args!("GPU memory           {}", describe_memory(memory)))?;
+        }
         if let (Some(baseline), Some(kld), Some(top1)) = (self.baseline_perplexity, self.kld_mean, self.top1_equal) {
             output::print(format_args!("baseline perplexity  {baseline:.4}"))?;
             output::print(format_args!("mean KL divergence   {kld:.3e} nats per token"))?;

@@ -1,9 +1,12 @@
 //! `codecllm run`.
 
-use crate::model::{self, Load, Machine, MachineArgs};
+use crate::hub;
+use crate::model::{self, Load, Machine, MachineArgs, Purpose};
 use crate::output::{self, CliResult, Error, INTERRUPTED};
+use codecllm_engine::backend::Backend;
 use codecllm_engine::{
-    ChatTemplate, Finish, GenerateOptions, Generation, Message, SamplingOptions, Tokenizer, generate,
+    ChatTemplate, Finish, GenerateOptions, Generation, Logits, MemoryUse, Message, Model, SamplingOptions, Tokenizer,
+    generate,
 };
 use serde::Serialize;
 use std::io::{self, Read, Write};
@@ -79,7 +82,8 @@ const EXAMPLES: &str = "\
 Examples:
   codecllm run tiny.int8 -p 'Once upon a time' -n 64
   codecllm run tiny.int8 --chat -p 'Why is the sky blue?' --temperature 0.7 --top-p 0.95
-  codecllm run tiny.int8 --file letter.txt --stop 'Yours sincerely' --json";
+  codecllm run tiny.int8 --file letter.txt --stop 'Yours sincerely' --json
+  codecllm run tiny.bf16 -p 'Once upon a time' --device cuda --vram 8";
 
 #[derive(Serialize)]
 struct Outcome {
@@ -92,6 +96,10 @@ struct Outcome {
     generate_tok_per_s: Option<f64>,
     peak_memory_bytes: Option<u64>,
     weight_bytes: u64,
+    /// The same weights in the archive or checkpoint.
+    source_bytes: u64,
+    /// What the model takes of the GPU's memory, with --vram or --cache.
+    gpu_memory: Option<MemoryUse>,
 }
 
 /// Runs the command.
@@ -104,7 +112,7 @@ pub fn run(args: Args) -> CliResult {
 
 fn run_on(args: &Args, machine: &impl Load) -> CliResult {
     let text = args.read_prompt()?;
-    let (dir, model) = machine.open(&args.model)?;
+    let dir = hub::resolve(&args.model, hub::DEFAULT_REVISION)?;
     let tokenizer = Tokenizer::open(&dir)?;
     let prompt = match args.chat {
         true => {
@@ -117,6 +125,8 @@ fn run_on(args: &Args, machine: &impl Load) -> CliResult {
     let options = args.generate_options();
 
     output::catch_ctrl_c()?;
+    let n_positions = prompt.len().saturating_add(options.max_tokens);
+    let model = machine.load_for(&dir, Purpose { n_positions, logits: Logits::Last })?;
     let mut stdout = io::stdout().lock();
     let mut write_error = None;
     let generation = generate(&model, &tokenizer, &prompt, &options, |piece| {
@@ -134,7 +144,7 @@ fn run_on(args: &Args, machine: &impl Load) -> CliResult {
     }
 
     let is_interrupted = generation.finish == Finish::Interrupted && output::is_stopped();
-    let outcome = Outcome::new(generation, model.weight_bytes());
+    let outcome = Outcome::new(generation, &model);
     if args.json {
         output::print_json(&outcome)?;
     } else {
@@ -170,7 +180,7 @@ impl Args {
 }
 
 impl Outcome {
-    fn new(generation: Generation, weight_bytes: u64) -> Self {
+    fn new(generation: Generation, model: &Model<impl Backend>) -> Self {
         Self {
             n_prompt_tokens: generation.n_prompt_tokens,
             n_generated: generation.tokens.len(),
@@ -178,7 +188,9 @@ impl Outcome {
             prompt_tok_per_s: generation.prompt_tok_per_s(),
             generate_tok_per_s: generation.generate_tok_per_s(),
             peak_memory_bytes: model::peak_memory_bytes(),
-            weight_bytes,
+            weight_bytes: model.weight_bytes(),
+            source_bytes: model.source_bytes(),
+            gpu_memory: model.memory().copied(),
             text: generation.text,
         }
     }
@@ -194,5 +206,8 @@ impl Outcome {
             speed(self.generate_tok_per_s),
             output::bytes(self.weight_bytes),
         );
+        if let Some(memory) = &self.gpu_memory {
+            eprintln!("{}", model::describe_memory(memory));
+        }
     }
 }

@@ -127,6 +127,11 @@ fn exit_codes_tell_wrong_from_unusable() {
     fails(1, &["inspect", text(target.path())], &["looked for"]);
     fails(2, &["verify", dst, "--source", "./absent"], &["no such directory"]);
     fails(2, &["verify", dst, "--cpu", "sse9"], &["avx2"]);
+    // No machine has so many GPUs.
+    fails(2, &["verify", dst, "--device", "cuda:99"], &["CUDA"]);
+    fails(2, &["run", src, "-p", "x", "--vram", "8"], &["--device cuda"]);
+    fails(2, &["run", src, "-p", "x", "--device", "cuda", "--vram", "none"], &["--vram"]);
+    fails(2, &["run", src, "-p", "x", "--device", "cuda", "--cache", "all"], &["lossless"]);
 
     let absent = fails(2, &["verify", text(&target.path().join("absent")), "--json"], &[]);
     assert_eq!(serde_json::from_slice::<Value>(&absent.stdout).unwrap()["status"], "unchecked");

@@ -19,7 +19,7 @@ pub use layers::{Layers, is_embedding_or_head};
 pub use partial::partial_path;
 pub use provenance::{Calibration, FileRecord, PROVENANCE_FILE, Provenance, Settings};
 pub use rate::{PlannedTensor, RateTarget, steps_of};
-pub use verify::{Check, Report, Status, verify};
+pub use verify::{Check, Decoder, Decoders, Report, Status, verify, verify_with};
 
 pub(crate) use provenance::to_pretty_json;
 

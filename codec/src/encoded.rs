@@ -577,8 +577,8 @@ impl EncodedTensor {
         if checks != Checks::None && stored(80) != metadata_checksum(&data[..sections.raw.start]) {
             return Err(bad("the metadata's checksum does not match: it is corrupt; get the archive anew".into()));
         }
-        if checks == Checks::Full && stored(88) != xxh3_64(&data[sections.raw.start..]) {
-            return Err(bad("the payload's checksum does not match: it is corrupt; get the archive anew".into()));
+        if checks == Checks::Full {
+            check_payload(&data, &sections)?;
         }
         let ends = [
             HEADER_BYTES,
@@ -610,6 +610,15 @@ impl EncodedTensor {
             tensor.tables = Some(DecodeTables::new(tensor.header.format, *params, &table).into());
         }
         Ok(tensor)
+    }
+
+    /// Compares the payload's checksum: what [`Checks::Full`] does beyond [`Checks::Metadata`], for whoever does something else
+    /// with the bytes meanwhile.
+    ///
+    /// # Errors
+    /// It does not match.
+    pub fn check_payload(&self) -> Result<()> {
+        check_payload(&self.data, &self.sections)
     }
 
     fn validate_scales(&self) -> Result<()> {
@@ -888,9 +897,22 @@ impl EncodedTensor {
     }
 
     fn zstd_frame(&self, index: usize) -> &[u8] {
+        &self.data[self.zstd_frame_range(index)]
+    }
+
+    fn zstd_frame_range(&self, index: usize) -> Range<usize> {
         let offsets = self.section(&self.sections.offsets).as_chunks::<8>().0;
-        let at = |i: usize| u64::from_le_bytes(offsets[i]) as usize;
-        &self.section(&self.sections.stream)[at(index)..at(index + 1)]
+        let at = |i: usize| self.sections.stream.start + u64::from_le_bytes(offsets[i]) as usize;
+        at(index)..at(index + 1)
+    }
+
+    /// Where the frames of a `zstd` tensor lie in [`Self::bytes`]. Each holds 65,536 bytes of the codes, the last one the rest.
+    /// None with `rans`.
+    pub fn frames(&self) -> Vec<Range<usize>> {
+        match self.header.coder {
+            Coder::Rans => Vec::new(),
+            Coder::Zstd => (0..self.header.zstd_chunks()).map(|i| self.zstd_frame_range(i)).collect(),
+        }
     }
 
     /// The values of a run of rows, row-major; only the blocks that hold them are decoded.
@@ -1069,6 +1091,15 @@ fn scale_bytes(scales: &Scales) -> Vec<u8> {
         Scales::Channel(s) => s.iter().flat_map(|s| s.to_le_bytes()).collect(),
         Scales::Absmax(a) => a.iter().flat_map(|a| a.to_le_bytes()).collect(),
     }
+}
+
+fn check_payload(data: &[u8], sections: &Sections) -> Result<()> {
+    let stored = u64::from_le_bytes(data[88..96].try_into().expect("8 bytes"));
+    if stored == xxh3_64(&data[sections.raw.start..]) {
+        return Ok(());
+    }
+    let problem = "the payload's checksum does not match: it is corrupt; get the archive anew";
+    Err(Error::format("encoded tensor", problem))
 }
 
 /// The checksum of the metadata, its own field taken as zero.

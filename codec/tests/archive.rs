@@ -1,10 +1,11 @@
 //! Checkpoints and archives as directories: what is written, what is refused, what survives an interruption.
 
 use codecllm_codec::archive::{
-    self, CompressOptions, Layers, PROVENANCE_FILE, Progress, Provenance, RateTarget, Silent, Status, compress,
-    inspect, partial_path, verify,
+    self, CompressOptions, Decoder, Decoders, Layers, PROVENANCE_FILE, Progress, Provenance, RateTarget, Silent,
+    Status, compress, inspect, partial_path, verify, verify_with,
 };
 use codecllm_codec::checkpoint::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
+use codecllm_codec::quantize::Codes;
 use codecllm_codec::{Checkpoint, Coder, Cpu, EncodeOptions, EncodedTensor, Error, Format, ScaleMode};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
@@ -356,6 +357,54 @@ fn verify_tells_what_is_missing_from_what_is_wrong() {
     let (wrong, details) = checks_of(source.path());
     assert_eq!(wrong, ["source.tensors", "source.weights", "source.files"]);
     assert!(details.contains("not the one that the archive was made from"), "{details}");
+}
+
+/// Another machine's decoder: what it makes of the reference's codes.
+struct Elsewhere<F>(F);
+
+impl<F: Fn(Vec<u16>) -> Result<Vec<u16>, String> + Sync> Decoder for Elsewhere<F> {
+    fn name(&self) -> &str {
+        "elsewhere"
+    }
+
+    fn decode(&self, tensor: &EncodedTensor) -> Result<Codes<'static>, String> {
+        let Codes::U16(codes) = tensor.decode_codes(Cpu::Scalar).unwrap() else { panic!("bf16 has codes of 16 bits") };
+        Ok(Codes::U16((self.0)(codes.into_owned())?.into()))
+    }
+}
+
+#[test]
+fn another_machines_decoder_is_proven_like_those_of_this_one() {
+    let source = sharded_model();
+    let target = TempDir::new().unwrap();
+    let archive = target.path().join("a");
+    compress(source.path(), &archive, &options(Format::Bf16), &Silent).unwrap();
+    let check = |other: &dyn Decoder| {
+        let decoders = Decoders { cpus: &[Cpu::Scalar], other: Some(other) };
+        let report = verify_with(&archive, None, &decoders, &Silent).unwrap();
+        let check = report.checks.into_iter().find(|c| c.name == "decoders").unwrap();
+        assert_eq!(report.status, check.status);
+        (check.status, check.detail)
+    };
+    let (status, detail) = check(&Elsewhere(Ok));
+    assert_eq!(status, Status::Proven, "{detail}");
+    assert!(detail.starts_with("elsewhere and the scalar reference decode"), "{detail}");
+
+    let one_bit_off = |mut codes: Vec<u16>| {
+        *codes.last_mut().unwrap() ^= 1;
+        Ok(codes)
+    };
+    let one_short = |mut codes: Vec<u16>| {
+        codes.pop();
+        Ok(codes)
+    };
+    for (status, detail) in [check(&Elsewhere(one_bit_off)), check(&Elsewhere(one_short))] {
+        assert_eq!(status, Status::Wrong);
+        assert!(detail.contains("q_proj") && detail.contains("elsewhere decodes other codes"), "{detail}");
+    }
+    let (status, detail) = check(&Elsewhere(|_| Err("out of memory".to_string())));
+    assert_eq!(status, Status::Unchecked);
+    assert!(detail.contains("elsewhere: out of memory"), "{detail}");
 }
 
 #[test]
@@ -783,7 +832,7 @@ fn rate_may_count_the_selected_matrices_alone() {
     let layers: Layers = "down_proj|q_proj".parse().unwrap();
     let options = CompressOptions { layers, ..rate_options(RateTarget::MatrixBits(3.5)) };
     compress(source.path(), &archive, &options, &Silent).unwrap();
-    let found = inspect(&archive, &Silent).unwrap().encoded.bits_per_weight;
+    let found = inspect(&archive, &Silent).unwrap().encoded.unwrap().total.bits_per_weight;
     assert!((found / 3.5 - 1.0).abs() < 0.01, "{found} bits/weight instead of 3.5");
 }
 

@@ -123,6 +123,24 @@ fn every_bf16_bit_pattern_survives() {
 }
 
 #[test]
+fn frames_hold_the_codes_in_order() {
+    // Three chunks of 65,536 bytes, the last one short.
+    let t = tensor(Dtype::Bf16, 70, 2000, &weights(70, 2000, 4));
+    let options = EncodeOptions { format: Format::Int8, coder: Coder::Zstd, ..Default::default() };
+    let encoded = check(&t, &options);
+    let frames = encoded.frames();
+    let sizes: Vec<usize> = frames
+        .iter()
+        .map(|frame| zstd::bulk::decompress(&encoded.bytes()[frame.clone()], 1 << 16).unwrap().len())
+        .collect();
+    assert_eq!(sizes, [65536, 65536, 70 * 2000 - 2 * 65536]);
+    let chunk = zstd::bulk::decompress(&encoded.bytes()[frames[1].clone()], 1 << 16).unwrap();
+    let codes = encoded.decode_codes(Cpu::Scalar).unwrap();
+    assert!(chunk.iter().enumerate().all(|(i, &byte)| u16::from(byte) == codes.get(65536 + i)));
+    assert!(check(&t, &EncodeOptions { coder: Coder::Rans, ..options }).frames().is_empty());
+}
+
+#[test]
 fn rows_without_weight() {
     let mut values = weights(8, 64, 3);
     values[..64].fill(0.0);

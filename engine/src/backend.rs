@@ -9,6 +9,7 @@
 //! device backend may record the operations of a pass and replay them.
 
 use crate::error::Result;
+use crate::sampler::Draw;
 use crate::weights::Weight;
 
 /// Which tokens of a batch logits are wanted for.
@@ -181,9 +182,38 @@ pub trait Backend: Send + Sync + Sized {
     /// A logit was not a number.
     fn likeliest(&self, batch: &Self::Batch, logits: &Self::Buffer) -> Result<u32>;
 
+    /// Draws a token from the logits `[1, vocab]`, once the operations before it are done: the one that [`Draw::choose`] does.
+    /// The logits are scratch afterwards.
+    ///
+    /// # Errors
+    /// A logit was not a number.
+    fn sample(&self, batch: &mut Self::Batch, logits: &mut Self::Buffer, draw: &Draw) -> Result<u32>;
+
     /// Copies `values` from the host to the start of a buffer, after the operations before it.
     fn write(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<()>;
 
     /// Copies the first `out.len()` values of a buffer to the host, once the operations before it are done.
     fn read(&self, buffer: &Self::Buffer, out: &mut [f32]) -> Result<()>;
+}
+
+/// A backend with memory of its own, in which encoded matrices may be kept decoded, and which can say what all takes.
+pub trait DeviceMemory: Backend {
+    /// The bytes of a matrix's values as BF16, and whether these are its weights to the bit. `None` where it is plain
+    /// already, or has no such form.
+    fn decoded_form(&self, matrix: &Self::Matrix) -> Option<(u64, bool)>;
+
+    /// Puts that form in the place of the encoded one.
+    fn keep_decoded(&self, matrix: &mut Self::Matrix) -> Result<()>;
+
+    /// Bytes that [`Backend::buffer`] allocates.
+    fn buffer_bytes(&self, n_tokens: usize, width: usize) -> u64;
+
+    /// Bytes that [`Backend::cache`] allocates.
+    fn cache_bytes(&self, shape: CacheShape) -> u64;
+
+    /// Bytes that products work in, of the matrices that were taken in so far; without the decoded matrix.
+    fn working_bytes(&self) -> u64;
+
+    /// Most tokens whose products do without a decoded matrix.
+    const FUSED_TOKENS: usize;
 }

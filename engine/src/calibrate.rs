@@ -9,7 +9,7 @@
 //! Where no text is given, the model writes it: samples at temperature 1 have the distribution that the model has learned,
 //! so that no text needs to be found that resembles it. (Calibration with samples of the model: LLM-QAT, Liu et al. 2023.)
 
-use crate::backend::{Backend, Logits};
+use crate::backend::Backend;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::llama::{KvCache, Model, Site};
@@ -81,8 +81,7 @@ pub fn sample_text<B: Backend>(
                 true => first,
                 false => {
                     let at = start + cache.len();
-                    let mut logits = model.forward(&tokens[at..], &mut cache, Logits::Last)?;
-                    sampler.sample(&mut logits, &[])?
+                    model.sample(&tokens[at..], &mut cache, &sampler.draw(&[]))?
                 }
             };
             tokens.push(next);
@@ -255,7 +254,7 @@ impl Job<'_> {
         };
         let loader = Loader::new(self.checkpoint, Checks::None);
         let norm = norm.map(|module| loader.vector(&format!("model.layers.{layer}.{module}.weight"), hidden_size));
-        let (norm, eps) = (norm.transpose()?, model.config().rms_norm_eps);
+        let (norm, eps) = (norm.transpose()?.map(|(weight, _)| weight), model.config().rms_norm_eps);
         let mut moments = Moments::new(width);
         let mut drift = Drift::new(width);
         let mut has_drift = false;

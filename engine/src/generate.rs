@@ -1,6 +1,6 @@
 //! Generation: from a prompt's tokens to text, one token after another.
 
-use crate::backend::{Backend, Logits};
+use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::llama::Model;
 use crate::sampler::{Sampler, SamplingOptions};
@@ -106,7 +106,7 @@ pub fn generate<B: Backend>(
     let is_greedy = sampler.is_greedy();
     let mut next = |tokens: &[u32], history: &[u32]| match is_greedy {
         true => model.likeliest(tokens, &mut cache),
-        false => sampler.sample(&mut model.forward(tokens, &mut cache, Logits::Last)?, history),
+        false => model.sample(tokens, &mut cache, &sampler.draw(history)),
     };
     let mut id = next(prompt, prompt)?;
     let prompt_time = started.elapsed();

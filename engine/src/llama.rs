@@ -1,12 +1,15 @@
 //! The model: its weights on a backend, the cache of a sequence, and the forward pass, once for every backend and for
 //! every way to store a matrix.
 
-use crate::backend::{Attention, Backend, CacheShape, Input, Logits, Norm, Projection};
+use crate::backend::{Attention, Backend, CacheShape, DeviceMemory, Input, Logits, Norm, Projection};
 use crate::config::Config;
 use crate::cpu::CpuBackend;
 use crate::error::{Error, Result};
+use crate::memory::{self, CachePolicy, Footprint, MemoryUse, Unit};
+use crate::sampler::Draw;
 use crate::weights::{Loader, TensorSource, Weight};
 use codecllm_codec::Cpu;
+use codecllm_codec::archive::Progress;
 use codecllm_codec::checkpoint::Checkpoint;
 use codecllm_codec::encoded::Checks;
 use std::ops::ControlFlow;
@@ -39,6 +42,8 @@ pub struct Model<B: Backend = CpuBackend> {
     /// `None` where the embedding is the head.
     head: Option<B::Matrix>,
     weight_bytes: u64,
+    source_bytes: u64,
+    memory: Option<MemoryUse>,
 }
 
 struct Layer<B: Backend> {
@@ -54,6 +59,19 @@ struct Layer<B: Backend> {
     up: Linear<B>,
     down: Linear<B>,
     window: Option<usize>,
+}
+
+impl<B: Backend> Layer<B> {
+    /// In the order of the pass.
+    fn linears(&self) -> [&Linear<B>; 7] {
+        let Self { query, key, value, output, gate, up, down, .. } = self;
+        [query, key, value, output, gate, up, down]
+    }
+
+    fn linears_mut(&mut self) -> [&mut Linear<B>; 7] {
+        let Self { query, key, value, output, gate, up, down, .. } = self;
+        [query, key, value, output, gate, up, down]
+    }
 }
 
 struct Linear<B: Backend> {
@@ -153,15 +171,23 @@ impl Model {
 
 impl<B: Backend> Model<B> {
     /// Loads a checkpoint or an archive in Hugging Face layout onto a backend; `check` says which checksums of encoded
-    /// tensors are compared.
-    pub fn load_on(backend: B, dir: &Path, check: Checks) -> Result<Self> {
+    /// tensors are compared, `progress` is told how far it is.
+    ///
+    /// # Errors
+    /// As [`on_backend`](Self::on_backend).
+    pub fn load_on(backend: B, dir: &Path, check: Checks, progress: &dyn Progress) -> Result<Self> {
         let config = Config::open(dir)?;
-        Self::on_backend(backend, config, &Loader::new(&Checkpoint::open(dir)?, check))
+        Self::on_backend(backend, config, &Loader::new(&Checkpoint::open(dir)?, check).with_progress(progress))
     }
 
     /// Builds a model on a backend.
+    ///
+    /// # Errors
+    /// A tensor that is missing or does not fit the configuration; a checksum that does not match; the backend's own;
+    /// [`codecllm_codec::Error::Interrupted`] where the loader's progress asks for an end.
     pub fn on_backend(backend: B, config: Config, loader: &Loader) -> Result<Self> {
-        let mut upload = Upload { backend: &backend, loader, bytes: 0 };
+        loader.begin();
+        let mut upload = Upload { backend: &backend, loader, bytes: 0, source_bytes: 0 };
         let Config { hidden_size, intermediate_size, head_dim, vocab_size, .. } = config;
         let (q_width, kv_width) = (config.q_width(), config.kv_width());
         let embedding = upload.matrix("model.embed_tokens.weight", vocab_size, hidden_size)?;
@@ -196,8 +222,8 @@ impl<B: Backend> Model<B> {
             true => None,
             false => Some(upload.matrix("lm_head.weight", vocab_size, hidden_size)?),
         };
-        let weight_bytes = upload.bytes;
-        Ok(Self { config, backend, embedding, layers, norm, head, weight_bytes })
+        let Upload { bytes: weight_bytes, source_bytes, .. } = upload;
+        Ok(Self { config, backend, embedding, layers, norm, head, weight_bytes, source_bytes, memory: None })
     }
 
     /// The model's configuration.
@@ -215,12 +241,21 @@ impl<B: Backend> Model<B> {
         self.weight_bytes
     }
 
+    /// Bytes of the same weights where they were loaded from: in an archive, encoded.
+    pub fn source_bytes(&self) -> u64 {
+        self.source_bytes
+    }
+
+    /// What the model takes of its device's memory, where [`keep_decoded`](Self::keep_decoded) was called.
+    pub fn memory(&self) -> Option<&MemoryUse> {
+        self.memory.as_ref()
+    }
+
     /// An empty cache with room for `capacity` tokens, or for the model's context where that is less.
     pub fn new_cache(&self, capacity: usize) -> Result<KvCache<B>> {
         let config = &self.config;
         let capacity = capacity.clamp(1, config.max_positions);
-        let shape =
-            CacheShape { capacity, n_heads: config.n_heads, n_kv_heads: config.n_kv_heads, head_dim: config.head_dim };
+        let shape = self.cache_shape(capacity);
         let n_tokens = capacity.min(B::CHUNK);
         let buffer = |width| self.backend.buffer(n_tokens, width);
         Ok(KvCache {
@@ -241,6 +276,11 @@ impl<B: Backend> Model<B> {
             len: 0,
             capacity,
         })
+    }
+
+    fn cache_shape(&self, capacity: usize) -> CacheShape {
+        let &Config { n_heads, n_kv_heads, head_dim, .. } = &self.config;
+        CacheShape { capacity, n_heads, n_kv_heads, head_dim }
     }
 
     /// Runs `tokens`, which follow those in the cache, and appends them to it.
@@ -283,13 +323,24 @@ impl<B: Backend> Model<B> {
         Ok(token)
     }
 
+    /// Runs `tokens` as [`forward`](Self::forward) does, and draws a token to follow them. The logits stay on the backend.
+    pub fn sample(&self, tokens: &[u32], cache: &mut KvCache<B>, draw: &Draw) -> Result<u32> {
+        self.check_tokens(tokens, cache)?;
+        let mut token = 0;
+        self.steps(tokens, cache, Logits::Last, |workspace, _| {
+            token = self.backend.sample(&mut workspace.batch, &mut workspace.logits, draw)?;
+            Ok(())
+        })?;
+        Ok(token)
+    }
+
     /// Runs `tokens` in chunks. `on_logits` is called after each that yields logits, with their number of rows.
     fn steps(
         &self,
         tokens: &[u32],
         cache: &mut KvCache<B>,
         want: Logits,
-        mut on_logits: impl FnMut(&Workspace<B>, usize) -> Result<()>,
+        mut on_logits: impl FnMut(&mut Workspace<B>, usize) -> Result<()>,
     ) -> Result<()> {
         let mut position = cache.len;
         let end = position + tokens.len();
@@ -346,6 +397,102 @@ impl<B: Backend> Model<B> {
             }
         }
         Ok(())
+    }
+}
+
+/// Memory of a device, given out.
+impl<B: DeviceMemory> Model<B> {
+    /// Keeps decoded what `policy` allows, of as many first layers as fit into `budget` bytes, then of the head, then of the
+    /// embedding; beside all other weights, what products work in, and a sequence of up to `n_positions` tokens of which
+    /// `logits` are asked for. Call it once, before [`new_cache`](Self::new_cache).
+    ///
+    /// # Errors
+    /// Not even the encoded model fits: what it needs, and for what.
+    pub fn keep_decoded(&mut self, policy: CachePolicy, budget: u64, n_positions: usize, logits: Logits) -> Result<()> {
+        let n_positions = n_positions.clamp(1, self.config.max_positions);
+        let n_tokens = n_positions.min(B::CHUNK);
+        // What is decoded for a prompt takes its own turn in memory.
+        let is_decoded_for_prompts = n_tokens > B::FUSED_TOKENS;
+        let is_tied = self.head.is_none();
+        let footprint = |matrix: &B::Matrix| {
+            let form = self.backend.decoded_form(matrix);
+            let is_allowed = match policy {
+                CachePolicy::None => false,
+                CachePolicy::Lossless => form.is_some_and(|(_, is_lossless)| is_lossless),
+                CachePolicy::Any => true,
+            };
+            Footprint { bytes: self.backend.matrix_bytes(matrix), decoded: form.map(|(bytes, _)| bytes), is_allowed }
+        };
+        let is_head_shared = is_decoded_for_prompts && logits == Logits::All;
+        let mut units: Vec<Unit> = Vec::new();
+        for layer in &self.layers {
+            let matrices = layer.linears().map(|linear| footprint(&linear.matrix)).to_vec();
+            units.push(Unit { matrices, is_shared: is_decoded_for_prompts });
+        }
+        units.extend(self.head.iter().map(|head| Unit { matrices: vec![footprint(head)], is_shared: is_head_shared }));
+        units.push(Unit { matrices: vec![footprint(&self.embedding)], is_shared: is_tied && is_head_shared });
+
+        let (encoded_bytes, _) = memory::unit_bytes(&units, 0);
+        let vector_bytes = self.weight_bytes - encoded_bytes;
+        let sequence_bytes = self.sequence_bytes(n_positions, logits);
+        let working_bytes = self.backend.working_bytes();
+        let others = vector_bytes + working_bytes + sequence_bytes;
+        let fitting = memory::units_that_fit(&units, others, sequence_bytes, budget);
+        let n_decoded = fitting.unwrap_or(0);
+        let mut decoded_bytes = 0;
+        for m in units[..n_decoded].iter().flat_map(|unit| &unit.matrices).filter(|m| m.is_allowed) {
+            decoded_bytes += m.decoded.unwrap_or(0);
+        }
+        let (unit_bytes, scratch_bytes) = memory::unit_bytes(&units, n_decoded);
+        let is_decoded = |unit: &&Unit| unit.matrices.iter().all(|m| m.decoded.is_none() || m.is_allowed);
+        let n_layers = self.layers.len();
+        let has_decoded = |unit: &&Unit| unit.matrices.iter().any(|m| m.decoded.is_some());
+        let found = MemoryUse {
+            policy,
+            budget_bytes: budget,
+            n_decoded_layers: units[..n_decoded.min(n_layers)].iter().filter(is_decoded).filter(has_decoded).count(),
+            n_layers,
+            decoded_bytes,
+            other_weight_bytes: vector_bytes + unit_bytes - decoded_bytes,
+            sequence_bytes,
+            working_bytes: working_bytes + scratch_bytes,
+            n_positions,
+        };
+        if fitting.is_none() {
+            return Err(found.too_little());
+        }
+        let Self { backend, layers, head, embedding, .. } = self;
+        let linears = layers.iter_mut().map(|layer| layer.linears_mut().map(|linear| &mut linear.matrix).into());
+        let rest = head.iter_mut().chain([embedding]).map(|matrix| vec![matrix]);
+        for (unit, matrices) in units.iter().zip(linears.chain(rest)).take(n_decoded) {
+            for (m, matrix) in unit.matrices.iter().zip::<Vec<_>>(matrices) {
+                if m.is_allowed && m.decoded.is_some() {
+                    backend.keep_decoded(matrix)?;
+                }
+            }
+        }
+        self.weight_bytes = vector_bytes + unit_bytes;
+        self.memory = Some(found);
+        Ok(())
+    }
+
+    /// Bytes of [`new_cache`](Self::new_cache) for so many tokens, once `logits` have been asked for.
+    fn sequence_bytes(&self, capacity: usize, logits: Logits) -> u64 {
+        let (b, config) = (&self.backend, &self.config);
+        let n_tokens = capacity.min(B::CHUNK);
+        let widths = [
+            config.hidden_size,
+            config.q_width(),
+            config.kv_width(),
+            config.kv_width(),
+            config.q_width(),
+            config.intermediate_size,
+            config.intermediate_size,
+        ];
+        let activations: u64 = widths.iter().map(|&width| b.buffer_bytes(n_tokens, width)).sum();
+        let logits_rows = if logits == Logits::All { n_tokens } else { 1 };
+        let caches = self.layers.len() as u64 * b.cache_bytes(self.cache_shape(capacity));
+        caches + activations + b.buffer_bytes(logits_rows, config.vocab_size)
     }
 }
 
@@ -483,18 +630,29 @@ struct Upload<'a, B: Backend> {
     backend: &'a B,
     loader: &'a Loader<'a>,
     bytes: u64,
+    source_bytes: u64,
 }
 
 impl<B: Backend> Upload<'_, B> {
+    /// The payload's checksum is compared while the backend takes the bytes in: both read the same pages.
     fn matrix(&mut self, name: &str, n_rows: usize, n_cols: usize) -> Result<B::Matrix> {
-        let matrix = self.backend.matrix(self.loader.matrix(name, n_rows, n_cols)?)?;
+        let weight = self.loader.matrix(name, n_rows, n_cols)?;
+        let (backend, checks) = (self.backend, self.loader.checks());
+        let (matrix, checked) = rayon::join(|| backend.matrix(weight.clone()), || weight.check_payload(name, checks));
+        checked?;
+        let matrix = matrix?;
         self.bytes += self.backend.matrix_bytes(&matrix);
+        self.source_bytes += weight.n_bytes();
+        self.loader.done(weight.n_bytes());
         Ok(matrix)
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<B::Vector> {
         self.bytes += 4 * len as u64;
-        self.backend.vector(self.loader.vector(name, len)?)
+        let (vector, n_bytes) = self.loader.vector(name, len)?;
+        self.source_bytes += n_bytes;
+        self.loader.done(n_bytes);
+        self.backend.vector(vector)
     }
 
     /// `name.weight`, `[n_rows, n_cols]`, and `name.bias` where the model has biases there.
@@ -510,10 +668,12 @@ impl<B: Backend> Upload<'_, B> {
 mod tests {
     use super::*;
     use codecllm_codec::checkpoint::{Dtype, Tensor};
+    use codecllm_codec::encoded::{EncodeOptions, EncodedTensor, encode_tensor};
     use half::bf16;
     use rand::rngs::SmallRng;
     use rand::{Rng, SeedableRng};
     use std::collections::HashMap;
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
     const CHUNK: usize = CpuBackend::CHUNK;
     const CONFIG: &str = r#"{
@@ -594,7 +754,74 @@ mod tests {
         let matrices = weights.values().filter(|t| t.shape.len() == 2).map(|t| t.data.len());
         // Vectors are widened to f32.
         let vectors = weights.values().filter(|t| t.shape.len() == 1).map(|t| 2 * t.data.len());
-        assert_eq!(load(&weights).unwrap().weight_bytes(), matrices.chain(vectors).sum::<usize>() as u64);
+        let model = load(&weights).unwrap();
+        assert_eq!(model.weight_bytes(), matrices.chain(vectors).sum::<usize>() as u64);
+        assert_eq!(model.source_bytes(), weights.values().map(|t| t.data.len()).sum::<usize>() as u64);
+    }
+
+    #[derive(Default)]
+    struct Counter {
+        total: AtomicU64,
+        done: AtomicU64,
+        n_tensors: AtomicU64,
+        /// Tensors after which it asks for an end.
+        limit: Option<u64>,
+    }
+
+    impl Progress for Counter {
+        fn begin(&self, total_bytes: u64) {
+            self.total.store(total_bytes, Relaxed);
+        }
+
+        fn tensor(&self, _: &str) {
+            self.n_tensors.fetch_add(1, Relaxed);
+        }
+
+        fn advance(&self, bytes: u64) {
+            self.done.fetch_add(bytes, Relaxed);
+        }
+
+        fn is_stopped(&self) -> bool {
+            self.limit.is_some_and(|limit| self.n_tensors.load(Relaxed) >= limit)
+        }
+    }
+
+    #[test]
+    fn loading_tells_of_every_tensor_and_ends_when_asked_to() {
+        let weights = weights();
+        let load = |counter: &Counter| {
+            let backend = CpuBackend::new(Cpu::detect(), 1).unwrap();
+            let loader = Loader::new(&weights, Checks::Full).with_progress(counter);
+            Model::on_backend(backend, Config::from_json(CONFIG).unwrap(), &loader).map(|_| ())
+        };
+        let counter = Counter::default();
+        load(&counter).unwrap();
+        let n_bytes: usize = weights.values().map(|t| t.data.len()).sum();
+        assert_eq!(counter.n_tensors.into_inner(), weights.len() as u64);
+        assert_eq!([counter.total, counter.done].map(AtomicU64::into_inner), [n_bytes as u64; 2]);
+
+        let counter = Counter { limit: Some(5), ..Counter::default() };
+        let stopped = load(&counter).unwrap_err();
+        assert!(matches!(stopped, Error::Codec(codecllm_codec::Error::Interrupted)), "{stopped}");
+        assert_eq!(counter.n_tensors.into_inner(), 5);
+    }
+
+    #[test]
+    fn a_damaged_payload_is_named_where_payloads_are_checked() {
+        let name = "model.layers.1.mlp.up_proj.weight";
+        let mut weights = weights();
+        let tensor = weights.get_mut(name).unwrap();
+        let mut data = encode_tensor(tensor, &EncodeOptions::default()).unwrap();
+        let payload = EncodedTensor::parse(data.clone().into(), Checks::Full).unwrap().sections().raw.start;
+        data[payload] ^= 1;
+        *tensor = Tensor { dtype: Dtype::U8, shape: vec![data.len()], data: data.into(), ..tensor.clone() };
+        let load = |check| {
+            let options = LoadOptions { check, threads: 2, ..Default::default() };
+            Model::from_source(Config::from_json(CONFIG).unwrap(), &weights, &options).map(|_| ())
+        };
+        let error = load(Checks::Full).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("payload's checksum"), "{error}");
+        load(Checks::Metadata).unwrap();
     }
 
     #[test]

@@ -1,4 +1,8 @@
 //! From logits to the next token.
+//!
+//! A [`Sampler`] has the options and the randomness; each of its [`Draw`]s says all that choosing one token takes. What a draw
+//! chooses is exact: probabilities are whole numbers, computed by a fixed sequence of IEEE operations, and so are their sums, in
+//! any order. So every machine that has the same logits chooses the same token (`engine/cuda/sample.cu` is [`Draw::choose`]).
 
 use crate::error::{Error, Result};
 use rand::rngs::SmallRng;
@@ -48,84 +52,159 @@ impl SamplingOptions {
 pub struct Sampler {
     options: SamplingOptions,
     rng: SmallRng,
-    /// The candidates of the draw at hand: token and logit. Kept for its allocation.
-    candidates: Vec<(u32, f32)>,
 }
 
 impl Sampler {
     /// A sampler with these options, or the error of one that is out of range.
     pub fn new(options: SamplingOptions) -> Result<Self> {
         options.validate()?;
-        Ok(Self { options, rng: SmallRng::seed_from_u64(options.seed), candidates: Vec::new() })
+        Ok(Self { options, rng: SmallRng::seed_from_u64(options.seed) })
     }
 
-    /// The next token, given the logits `[vocab_size]` of all and the tokens so far. Of equal logits, the lower token
-    /// wins. The logits are scratch afterwards.
-    ///
-    /// The steps, in this order: repetition penalty, temperature, top-k, top-p, min-p, draw.
-    pub fn sample(&mut self, logits: &mut [f32], history: &[u32]) -> Result<u32> {
-        check_numbers(logits)?;
-        self.penalize(logits, history);
-        let best = argmax(logits)?;
-        let SamplingOptions { temperature, top_k, top_p, min_p, .. } = self.options;
-        let max = logits[best as usize];
-        if temperature == 0.0 || max.is_infinite() {
-            return Ok(best);
+    /// How the next token is to be chosen, given the tokens so far.
+    pub fn draw(&mut self, history: &[u32]) -> Draw {
+        let SamplingOptions { temperature, top_k, top_p, min_p, repetition_penalty, .. } = self.options;
+        let mut seen = Vec::new();
+        if repetition_penalty != 1.0 {
+            seen = history.to_vec();
+            seen.sort_unstable();
+            seen.dedup();
         }
+        let is_greedy = temperature == 0.0;
+        Draw {
+            scale: (!is_greedy).then(|| std::f64::consts::LOG2_E / f64::from(temperature)),
+            top_k: u32::try_from(top_k).unwrap_or(0),
+            top_p: f64::from(top_p),
+            min_weight: (f64::from(min_p) * WEIGHT_ONE).ceil() as u64,
+            random: if is_greedy { 0 } else { self.rng.random() },
+            penalty: repetition_penalty,
+            seen,
+        }
+    }
 
-        let candidates = &mut self.candidates;
-        candidates.clear();
-        candidates.extend((0..).zip(logits.iter().copied()));
-        if top_k > 0 && top_k < candidates.len() {
-            candidates.select_nth_unstable_by(top_k - 1, likelier);
-            candidates.truncate(top_k);
-        }
-        // From here on a candidate's number is its weight: its probability over the likeliest's.
-        for (_, value) in candidates.iter_mut() {
-            *value = ((*value - max) / temperature).exp();
-        }
-        if top_p < 1.0 {
-            candidates.sort_unstable_by(likelier);
-            let mut left = top_p * candidates.iter().map(|c| c.1).sum::<f32>();
-            let is_short = |c: &&(u32, f32)| {
-                let is_short = left > 0.0;
-                left -= c.1;
-                is_short
-            };
-            let n_kept = candidates.iter().take_while(is_short).count();
-            candidates.truncate(n_kept.max(1));
-        }
-        if min_p > 0.0 {
-            candidates.retain(|c| c.1 >= min_p);
-        }
-        let total: f64 = candidates.iter().map(|c| f64::from(c.1)).sum();
-        let mut left = self.rng.random::<f64>() * total;
-        let drawn = candidates.iter().find(|c| {
-            left -= f64::from(c.1);
-            left < 0.0
-        });
-        Ok(drawn.map_or(best, |c| c.0))
+    /// The next token, given the logits `[vocab_size]` of all and the tokens so far. The logits are scratch afterwards.
+    pub fn sample(&mut self, logits: &mut [f32], history: &[u32]) -> Result<u32> {
+        self.draw(history).choose(logits)
     }
 
     /// Whether the likeliest token is taken each time, whatever the history.
     pub fn is_greedy(&self) -> bool {
         self.options.temperature == 0.0 && self.options.repetition_penalty == 1.0
     }
+}
 
-    fn penalize(&mut self, logits: &mut [f32], history: &[u32]) {
-        let penalty = self.options.repetition_penalty;
-        if penalty == 1.0 {
-            return;
-        }
-        let mut seen = history.to_vec();
-        seen.sort_unstable();
-        seen.dedup();
-        for id in seen {
+/// The weight of the likeliest token; the others have less, in proportion to their probabilities.
+const WEIGHT_ONE: f64 = (1u64 << 40) as f64;
+
+/// ln(2)^k / k!, the series of 2^x: within 3e-13 for |x| <= 1/2.
+const EXP2: [f64; 11] = [
+    1.0,
+    std::f64::consts::LN_2,
+    0.24022650695910072,
+    0.05550410866482158,
+    0.009618129107628477,
+    0.0013333558146428443,
+    0.0001540353039338161,
+    1.5252733804059841e-05,
+    1.321548679014431e-06,
+    1.01780860092397e-07,
+    7.054911620801123e-09,
+];
+
+/// How one token is chosen, its randomness included.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Draw {
+    /// What logits are multiplied by, to be powers of two; `None` takes the likeliest token.
+    pub(crate) scale: Option<f64>,
+    /// 0 is off.
+    pub(crate) top_k: u32,
+    /// 1 is off.
+    pub(crate) top_p: f64,
+    /// Tokens of less weight are left out.
+    pub(crate) min_weight: u64,
+    /// 64 random bits.
+    pub(crate) random: u64,
+    /// What logits of tokens seen are divided by.
+    pub(crate) penalty: f32,
+    /// Each once.
+    pub(crate) seen: Vec<u32>,
+}
+
+impl Draw {
+    /// The token that is drawn, given the logits `[vocab_size]` of all. The logits are scratch afterwards.
+    ///
+    /// 1. The repetition penalty divides the logits of tokens seen, or multiplies them where they are negative.
+    /// 2. Tokens are in the order of their logits; of equal ones, the lower token is likelier. Top-k keeps the first k.
+    /// 3. A token's weight is floor(2^40 · 2^((logit − largest logit) · log2(e) / temperature)), in double precision: less than
+    ///    10^-12 of the likeliest's is nothing.
+    /// 4. Top-p keeps the first tokens, up to that with which their weights reach p of the sum; min-p those of enough weight.
+    /// 5. What is kept is laid out in the order of tokens, each as long as its weight. The token that lies at the random
+    ///    number's share of the length is drawn.
+    ///
+    /// # Errors
+    /// A logit is not a number; there is none.
+    pub fn choose(&self, logits: &mut [f32]) -> Result<u32> {
+        check_numbers(logits)?;
+        for &id in &self.seen {
             if let Some(logit) = logits.get_mut(id as usize) {
-                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                *logit = if *logit > 0.0 { *logit / self.penalty } else { *logit * self.penalty };
             }
         }
+        let best = argmax(logits)?;
+        let max = logits[best as usize];
+        let Some(scale) = self.scale.filter(|_| max.is_finite()) else { return Ok(best) };
+
+        let mut kept: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+        let top_k = self.top_k as usize;
+        if top_k > 0 && top_k < kept.len() {
+            kept.select_nth_unstable_by(top_k - 1, likelier);
+            kept.truncate(top_k);
+        }
+        let weight = |token: &(u32, f32)| weight(token.1, max, scale);
+        if self.top_p < 1.0 {
+            kept.retain(|token| weight(token) > 0);
+            kept.sort_unstable_by(likelier);
+            let enough = self.enough(kept.iter().map(weight).sum());
+            let mut before = 0;
+            let n_kept = kept.iter().take_while(|token| {
+                let is_short = before < enough;
+                before += weight(token);
+                is_short
+            });
+            kept.truncate(n_kept.count());
+        }
+        let mut kept: Vec<(u32, u64)> = kept.iter().map(|token| (token.0, weight(token))).collect();
+        kept.retain(|token| token.1 >= self.min_weight);
+        kept.sort_unstable_by_key(|token| token.0);
+        let total: u64 = kept.iter().map(|token| token.1).sum();
+        let mut left = ((u128::from(self.random) * u128::from(total)) >> 64) as u64;
+        let drawn = kept.iter().find(|token| {
+            let is_here = left < token.1;
+            left = left.wrapping_sub(token.1);
+            is_here
+        });
+        // The likeliest token has weight, so that there is one.
+        Ok(drawn.map_or(best, |token| token.0))
     }
+
+    /// The weight that top-p keeps, of `total`; the likeliest token at least.
+    fn enough(&self, total: u64) -> u64 {
+        ((self.top_p * total as f64) as u64).max(1)
+    }
+}
+
+/// See [`Draw::choose`]. Every operation is rounded by itself: on any machine the result is the same.
+fn weight(logit: f32, max: f32, scale: f64) -> u64 {
+    let power = (f64::from(logit) - f64::from(max)) * scale;
+    if power < -41.0 {
+        return 0;
+    }
+    let whole = power.round_ties_even();
+    let rest = power - whole;
+    let fraction = EXP2.iter().rev().fold(0.0, |sum, c| sum * rest + c);
+    // 2^(40 + whole)
+    let exponent = f64::from_bits(((1023 + 40 + whole as i64) as u64) << 52);
+    (fraction * exponent) as u64
 }
 
 /// The token of the largest logit, the lowest of several; all have to be numbers.
@@ -222,6 +301,57 @@ mod tests {
             assert!((share(options, 0) - 0.625).abs() < 0.015, "{options:?}");
             assert_eq!(share(options, 2) + share(options, 3), 0.0, "{options:?}");
         }
+    }
+
+    #[test]
+    fn weights_are_the_exponentials() {
+        for temperature in [0.1f32, 0.7, 1.0, 3.0] {
+            let scale = std::f64::consts::LOG2_E / f64::from(temperature);
+            assert_eq!(weight(7.25, 7.25, scale), 1 << 40);
+            for i in 0..4000 {
+                let logit = 7.25 - i as f32 * 0.01;
+                let exact = WEIGHT_ONE * ((f64::from(logit) - 7.25) / f64::from(temperature)).exp();
+                let found = weight(logit, 7.25, scale) as f64;
+                assert!((found - exact).abs() <= 1.0 + 1e-12 * exact, "{logit} at {temperature}: {found}, not {exact}");
+            }
+        }
+        assert_eq!(weight(f32::NEG_INFINITY, 0.0, 1.0), 0);
+        assert_eq!(weight(f32::MIN, f32::MAX, 1e30), 0);
+    }
+
+    #[test]
+    fn what_is_kept_is_what_the_steps_say() {
+        // Four tokens of weights 8, 4, 4, 2 (of 18), out of order.
+        let logits = [1.0f32, 2.0, 3.0, 2.0].map(|power| power * std::f32::consts::LN_2);
+        let base = Sampler::new(SAMPLED).unwrap().draw(&[]);
+        let drawn = |draw: &Draw| {
+            let mut found = [0; 4];
+            for i in 0..1 << 12 {
+                let draw = Draw { random: i << 52, ..draw.clone() };
+                found[draw.choose(&mut logits.clone()).unwrap() as usize] += 1;
+            }
+            found
+        };
+        let close = |found: [i32; 4], weights: [i32; 4]| {
+            let total: i32 = weights.iter().sum();
+            let fits = found.iter().zip(weights).all(|(n, weight)| (n - 4096 * weight / total).abs() <= 2);
+            assert!(fits, "{found:?} are not as {weights:?}");
+        };
+        close(drawn(&base), [2, 4, 8, 4]);
+        close(drawn(&Draw { top_k: 3, ..base.clone() }), [0, 4, 8, 4]);
+        // Of equal ones the lower.
+        close(drawn(&Draw { top_k: 2, ..base.clone() }), [0, 4, 8, 0]);
+        close(drawn(&Draw { top_k: 9, ..base.clone() }), [2, 4, 8, 4]);
+        close(drawn(&Draw { top_p: 0.5, ..base.clone() }), [0, 4, 8, 0]);
+        close(drawn(&Draw { top_p: 0.7, ..base.clone() }), [0, 4, 8, 4]);
+        // 0.9 of what top-k leaves.
+        close(drawn(&Draw { top_p: 0.9, top_k: 3, ..base.clone() }), [0, 4, 8, 4]);
+        close(drawn(&Draw { top_p: 0.6, top_k: 3, ..base.clone() }), [0, 4, 8, 0]);
+        close(drawn(&Draw { min_weight: (1 << 38) - (1 << 20), ..base.clone() }), [2, 4, 8, 4]);
+        close(drawn(&Draw { min_weight: 3 << 37, ..base.clone() }), [0, 4, 8, 4]);
+        // In the order of tokens.
+        assert_eq!(Draw { random: 0, ..base.clone() }.choose(&mut logits.clone()).unwrap(), 0);
+        assert_eq!(Draw { random: u64::MAX, ..base }.choose(&mut logits.clone()).unwrap(), 3);
     }
 
     #[test]

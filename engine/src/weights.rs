@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use bytes::Bytes;
+use codecllm_codec::archive::{Progress, Silent};
 use codecllm_codec::checkpoint::{Checkpoint, Dtype, Tensor};
 use codecllm_codec::encoded::{Checks, EncodedTensor};
 use codecllm_codec::quantize::read_row;
@@ -11,17 +12,30 @@ use std::collections::HashMap;
 pub trait TensorSource {
     /// The tensor of that name, or `None` where there is none.
     fn tensor(&self, name: &str) -> Result<Option<Tensor>>;
+
+    /// Bytes of all its tensors, for whoever shows progress; 0 where that is not known.
+    fn n_bytes(&self) -> u64 {
+        0
+    }
 }
 
 impl TensorSource for Checkpoint {
     fn tensor(&self, name: &str) -> Result<Option<Tensor>> {
         Ok(if self.contains(name) { Some(Checkpoint::tensor(self, name)?) } else { None })
     }
+
+    fn n_bytes(&self) -> u64 {
+        self.tensors().iter().map(|t| t.n_bytes as u64).sum()
+    }
 }
 
 impl TensorSource for HashMap<String, Tensor> {
     fn tensor(&self, name: &str) -> Result<Option<Tensor>> {
         Ok(self.get(name).cloned())
+    }
+
+    fn n_bytes(&self) -> u64 {
+        self.values().map(|t| t.data.len() as u64).sum()
     }
 }
 
@@ -73,23 +87,61 @@ pub enum Weight {
     Encoded(EncodedTensor),
 }
 
+impl Weight {
+    /// Its bytes in the checkpoint.
+    pub fn n_bytes(&self) -> u64 {
+        match self {
+            Self::Dense { data, .. } => data.len() as u64,
+            Self::Encoded(tensor) => tensor.bytes().len() as u64,
+        }
+    }
+
+    /// Compares the checksum of an encoded matrix's payload, where checksums are to be compared in full.
+    pub(crate) fn check_payload(&self, name: &str, checks: Checks) -> Result<()> {
+        match self {
+            Self::Encoded(tensor) if checks == Checks::Full => {
+                Ok(tensor.check_payload().map_err(|e| e.in_tensor(name))?)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Finds the tensors of a model by name and checks that they are what the configuration calls for.
 pub struct Loader<'a> {
     source: &'a dyn TensorSource,
     checks: Checks,
+    progress: &'a dyn Progress,
 }
 
 impl<'a> Loader<'a> {
     /// A loader over `source`; `checks` says which checksums of encoded tensors are compared.
     pub fn new(source: &'a dyn TensorSource, checks: Checks) -> Self {
-        Self { source, checks }
+        Self { source, checks, progress: &Silent }
     }
 
-    /// The matrix `name`, `[n_rows, n_cols]`.
-    pub fn matrix(&self, name: &str, n_rows: usize, n_cols: usize) -> Result<Weight> {
+    /// The same, with `progress` told of every tensor, and asked before each whether to go on.
+    pub fn with_progress(self, progress: &'a dyn Progress) -> Self {
+        Self { progress, ..self }
+    }
+
+    /// Says how much there is to load.
+    pub(crate) fn begin(&self) {
+        self.progress.begin(self.source.n_bytes());
+    }
+
+    /// Says that a tensor is where it should be.
+    pub(crate) fn done(&self, n_bytes: u64) {
+        self.progress.advance(n_bytes);
+    }
+
+    /// The matrix `name`, `[n_rows, n_cols]`. Of an encoded one the payload's checksum is left to
+    /// [`Weight::check_payload`], so that it takes no time of its own.
+    pub(crate) fn matrix(&self, name: &str, n_rows: usize, n_cols: usize) -> Result<Weight> {
         let tensor = self.required(name)?;
         if tensor.dtype == Dtype::U8 && EncodedTensor::is_encoded(&tensor.data) {
-            let encoded = EncodedTensor::parse(tensor.data, self.checks).map_err(|e| e.in_tensor(name))?;
+            let checks = if self.checks == Checks::None { Checks::None } else { Checks::Metadata };
+            let encoded = EncodedTensor::parse(tensor.data, checks).map_err(|e| e.in_tensor(name))?;
             check_shape(name, &[n_rows, n_cols], &[encoded.n_rows(), encoded.n_cols()])?;
             return Ok(Weight::Encoded(encoded));
         }
@@ -99,18 +151,27 @@ impl<'a> Loader<'a> {
         Ok(Weight::Dense { element, n_rows, n_cols, data: tensor.data })
     }
 
-    /// The vector `name` (a norm's weight or a bias), `len` elements, widened to f32.
-    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+    /// Which checksums are to be compared.
+    pub(crate) fn checks(&self) -> Checks {
+        self.checks
+    }
+
+    /// The vector `name` (a norm's weight or a bias), `len` elements, widened to f32, and its bytes as it was.
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<(Vec<f32>, u64)> {
         let tensor = self.required(name)?;
         let element = dense_type(name, &tensor)?;
         check_shape(name, &[len], &tensor.shape)?;
         check_bytes(name, &tensor, element)?;
         let mut values = vec![0.0; len];
         read_row(tensor.dtype, &tensor.data, &mut values);
-        Ok(values)
+        Ok((values, tensor.data.len() as u64))
     }
 
     fn required(&self, name: &str) -> Result<Tensor> {
+        if self.progress.is_stopped() {
+            return Err(codecllm_codec::Error::Interrupted.into());
+        }
+        self.progress.tensor(name);
         self.source.tensor(name)?.ok_or_else(|| {
             Error::weights(name, "is missing; the model's configuration calls for it. Is the checkpoint complete?")
         })

@@ -1,15 +1,18 @@
 //! Models on a GPU against the same on the CPU. Without a GPU the tests say so and pass, unless `CODECLLM_REQUIRE_CUDA` is
 //! set to 1.
 
-use codecllm_codec::Cpu;
-use codecllm_codec::Format;
+use codecllm_codec::archive::{self, Decoders, Silent, Status};
 use codecllm_codec::checkpoint::{Checkpoint, Dtype, Tensor};
 use codecllm_codec::encoded::{Checks, EncodeOptions, EncodedTensor, encode_tensor};
 use codecllm_codec::quantize::Codes;
-use codecllm_engine::cuda::{CudaBackend, Device};
+use codecllm_codec::{Coder, Cpu, Format};
+use codecllm_engine::cuda::{CudaBackend, CudaDecoder, Device};
 use codecllm_engine::evaluate::GREEDY_PROMPTS;
 use codecllm_engine::weights::Loader;
-use codecllm_engine::{Config, GenerateOptions, LoadOptions, Logits, Model, TensorSource, Tokenizer, generate};
+use codecllm_engine::{
+    CachePolicy, Config, GenerateOptions, LoadOptions, Logits, Model, Sampler, SamplingOptions, TensorSource,
+    Tokenizer, generate,
+};
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -109,8 +112,117 @@ fn every_family_agrees_with_the_cpu() {
     }
 }
 
+#[test]
+fn spare_memory_keeps_the_first_layers_decoded() {
+    const N_POSITIONS: usize = 100;
+    let dir = root().join("assets/tales-5m");
+    let config = Config::open(&dir).unwrap();
+    let source = Plain(Checkpoint::open(&dir).unwrap());
+    let Some(plain) = on_cuda(&config, &source) else { return };
+    let tokens: Vec<u32> = (0..N_POSITIONS as u32).map(|i| (i * 7919 + 13) % config.vocab_size as u32).collect();
+    let logits = |model: &Model<CudaBackend>| {
+        let mut cache = model.new_cache(N_POSITIONS).unwrap();
+        let mut logits = model.forward(&tokens[..40], &mut cache, Logits::All).unwrap();
+        tokens[40..60].iter().for_each(|&t| logits.extend(model.forward(&[t], &mut cache, Logits::Last).unwrap()));
+        logits
+    };
+    let expected = logits(&plain);
+    let keep = |policy, budget| {
+        let mut model = on_cuda(&config, &source.0).unwrap();
+        model.keep_decoded(policy, budget, N_POSITIONS, Logits::All).map(|()| model)
+    };
+    let n_layers = config.n_layers;
+    let used = |model: &Model<CudaBackend>| *model.memory().unwrap();
+
+    let encoded = keep(CachePolicy::None, u64::MAX >> 1).unwrap();
+    let least = used(&encoded);
+    assert_eq!((least.n_decoded_layers, least.decoded_bytes), (0, 0));
+    assert_eq!(least.other_weight_bytes, encoded.weight_bytes());
+
+    // All of it: the very model that was never encoded.
+    let all = keep(CachePolicy::Lossless, u64::MAX >> 1).unwrap();
+    assert_eq!((used(&all).n_decoded_layers, all.weight_bytes()), (n_layers, plain.weight_bytes()));
+    assert!(logits(&all) == expected, "the decoded weights are not those of the checkpoint");
+
+    // Some of it.
+    let budget = least.total_bytes() + (used(&all).decoded_bytes - least.other_weight_bytes) / 2;
+    let some = keep(CachePolicy::Lossless, budget).unwrap();
+    let memory = used(&some);
+    assert!((1..n_layers).contains(&memory.n_decoded_layers), "{memory:?}");
+    assert!(memory.total_bytes() <= budget, "{memory:?}");
+    assert_eq!(memory.decoded_bytes + memory.other_weight_bytes, some.weight_bytes());
+    let differences: Vec<f32> = logits(&some).iter().zip(&expected).map(|(a, b)| a - b).collect();
+    assert!(rms(&differences) <= TOLERANCE_MANY * rms(&expected));
+
+    let error = keep(CachePolicy::Lossless, least.total_bytes() - 1).err().unwrap().to_string();
+    assert!(error.contains("--vram") && error.contains("100 tokens"), "{error}");
+
+    // Weights that would be rounded are kept only where that is allowed.
+    let dir = root().join("engine/tests/data/qwen3");
+    let (config, checkpoint) = (Config::open(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
+    let int8 = Encoded(&checkpoint, Format::Int8, Coder::Rans);
+    for (policy, n) in [(CachePolicy::Lossless, 0), (CachePolicy::Any, config.n_layers)] {
+        let mut model = on_cuda(&config, &int8).unwrap();
+        model.keep_decoded(policy, u64::MAX >> 1, 50, Logits::Last).unwrap();
+        assert_eq!(used(&model).n_decoded_layers, n, "{policy:?}");
+        compare("qwen3 int8, kept", &on_cpu(&config, &int8), &model, 50);
+    }
+}
+
+#[test]
+fn tokens_are_drawn_from_the_logits_as_the_reference_draws_them() {
+    let dir = root().join("assets/tales-5m");
+    let config = Config::open(&dir).unwrap();
+    let Some(model) = on_cuda(&config, &Checkpoint::open(&dir).unwrap()) else { return };
+    let base = SamplingOptions { temperature: 0.9, ..SamplingOptions::default() };
+    for options in [
+        base,
+        SamplingOptions { top_k: 20, top_p: 0.9, repetition_penalty: 1.1, ..base },
+        SamplingOptions { temperature: 0.0, repetition_penalty: 1.2, ..base },
+    ] {
+        let mut sampler = Sampler::new(options).unwrap();
+        let mut history = vec![1u32, 2, 3];
+        // The prompt in one pass, then token by token.
+        let (mut drawn, mut expected) = (model.new_cache(60).unwrap(), model.new_cache(60).unwrap());
+        while history.len() < 60 {
+            let draw = sampler.draw(&history);
+            let new = &history[drawn.len()..];
+            let token = model.sample(new, &mut drawn, &draw).unwrap();
+            let mut logits = model.forward(new, &mut expected, Logits::Last).unwrap();
+            assert_eq!(token, draw.choose(&mut logits).unwrap(), "token {} of {options:?}", history.len());
+            history.push(token);
+        }
+    }
+}
+
+#[test]
+fn the_gpus_decoder_is_proven_and_damage_is_reported() {
+    if cuda().is_none() {
+        return;
+    }
+    let decoder = CudaDecoder::new(Device::open(0).unwrap()).unwrap();
+    let decoders = Decoders { cpus: &[Cpu::detect()], other: Some(&decoder) };
+    let dir = root().join("assets/tales-5m");
+    let report = archive::verify_with(&dir, None, &decoders, &Silent).unwrap();
+    assert_eq!(report.status, Status::Proven, "{report:?}");
+    assert!(report.checks.iter().any(|c| c.name == "decoders" && c.detail.contains("cuda:0")), "{report:?}");
+
+    let damaged = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap()) {
+        std::fs::copy(file.path(), damaged.path().join(file.file_name())).unwrap();
+    }
+    let shard = damaged.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&shard).unwrap();
+    let at = bytes.len() / 2;
+    bytes[at..at + 64].fill(0x5a);
+    std::fs::write(&shard, bytes).unwrap();
+    let report = archive::verify_with(damaged.path(), None, &decoders, &Silent).unwrap();
+    let wrong: Vec<_> = report.checks.iter().filter(|c| c.status == Status::Wrong).map(|c| c.name).collect();
+    assert_eq!(wrong, ["files", "structure"], "{report:?}");
+}
+
 /// A checkpoint whose matrices are encoded as they are asked for.
-struct Encoded<'a>(&'a Checkpoint, Format);
+struct Encoded<'a>(&'a Checkpoint, Format, Coder);
 
 impl TensorSource for Encoded<'_> {
     fn tensor(&self, name: &str) -> codecllm_engine::Result<Option<Tensor>> {
@@ -118,7 +230,7 @@ impl TensorSource for Encoded<'_> {
         if tensor.shape.len() != 2 {
             return Ok(Some(tensor));
         }
-        let data = encode_tensor(&tensor, &EncodeOptions { format: self.1, ..EncodeOptions::default() })?;
+        let data = encode_tensor(&tensor, &EncodeOptions { format: self.1, coder: self.2, ..Default::default() })?;
         Ok(Some(Tensor { dtype: Dtype::U8, shape: vec![data.len()], data: data.into(), ..tensor }))
     }
 }
@@ -129,9 +241,30 @@ fn every_format_agrees_with_the_cpu() {
         let dir = root().join("engine/tests/data").join(name);
         let (config, checkpoint) = (Config::open(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
         for format in [Format::Bf16, Format::Fp8, Format::Int8] {
-            let source = Encoded(&checkpoint, format);
+            let source = Encoded(&checkpoint, format, Coder::Rans);
             let Some(cuda) = on_cuda(&config, &source) else { return };
             compare(&format!("{name} {format}"), &on_cpu(&config, &source), &cuda, 60.min(config.max_positions));
+        }
+    }
+}
+
+#[test]
+fn coder_zstd_agrees_with_the_cpu_where_nvcomp_is_installed() {
+    for name in ["llama-bias", "qwen3"] {
+        let dir = root().join("engine/tests/data").join(name);
+        let (config, checkpoint) = (Config::open(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
+        for format in [Format::Bf16, Format::Fp8, Format::Int8] {
+            let source = Encoded(&checkpoint, format, Coder::Zstd);
+            let Some(backend) = cuda() else { return };
+            let cuda = match Model::on_backend(backend, config.clone(), &Loader::new(&source, Checks::None)) {
+                Ok(cuda) => cuda,
+                Err(e) => {
+                    assert!(e.to_string().contains("pip install 'nvidia-libnvcomp-cu13"), "{e}");
+                    let _ = writeln!(std::io::stderr(), "SKIPPED: {e}");
+                    return;
+                }
+            };
+            compare(&format!("{name} {format} zstd"), &on_cpu(&config, &source), &cuda, 60.min(config.max_positions));
         }
     }
 }

@@ -1,147 +1,78 @@
-//! Whole models on a GPU: tokens a second, the time of a prompt, and memory, in BF16 and in each format.
+//! `bench --device cuda`: single operations at single shapes, and whole models.
 
-use super::workload::{DrawnModel, ModelShape};
-use codecllm_codec::encoded::Checks;
-use codecllm_codec::{Format, Prefer};
-use codecllm_engine::Model;
-use codecllm_engine::cuda::{CudaBackend, Device};
-use codecllm_engine::weights::Loader;
+mod kernels;
+mod models;
+
+use super::workload::ModelShape;
+use super::{Args, Result};
+use crate::output;
+use codecllm_codec::Format;
 use serde::Serialize;
-use std::time::Instant;
+use std::process::ExitCode;
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
-
-/// Tokens of the prompt that is measured.
-const PROMPT_TOKENS: usize = 2048;
-/// Tokens that are generated in each round, from an empty cache.
-const GENERATED_TOKENS: usize = 256;
+/// Of `--model-shape`, where nothing is chosen.
+const MODEL_SHAPES: [ModelShape; 2] = [ModelShape::TinyLlama, ModelShape::Llama3];
+/// Seconds of each measurement, in each round, where nothing is said.
+const SECONDS: f64 = 0.02;
 
 #[derive(Serialize)]
-pub struct Report {
+struct Report {
     device: String,
-    model_shape: &'static str,
-    rounds: usize,
     has_cublas: bool,
-    results: Vec<Measurement>,
+    /// Its version, or why it is not measured.
+    nvcomp: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernels: Option<kernels::Report>,
+    models: Vec<models::Report>,
 }
 
-/// One form of the model. Times are medians over the rounds.
-#[derive(Serialize)]
-struct Measurement {
-    name: String,
-    /// Of the matrices.
-    bits_per_weight: f64,
-    weight_bytes: u64,
-    /// What the GPU has given away, the cache and the workspace of the prompt included.
-    used_bytes: u64,
-    generate_tok_per_s: f64,
-    /// Bytes of the weights that generation reads.
-    generate_bytes_per_s: f64,
-    prompt_s: f64,
-    ratio_generate: f64,
-    ratio_prompt: f64,
-}
-
-/// Runs the model of this shape in BF16 and in each format.
-pub fn measure(index: usize, shape: ModelShape, formats: &[Format], seed: u64, rounds: usize) -> Result<Report> {
-    let device = Device::open(index)?;
-    let name = device.name()?;
-    eprintln!("{name}: drawing the weights");
-    let drawn = DrawnModel::new(shape, seed)?;
-    let mut results: Vec<Measurement> = Vec::new();
-    let mut has_cublas = false;
-    for format in std::iter::once(None).chain(formats.iter().copied().map(Some)) {
-        let label = format.map_or("bf16 plain".to_string(), |f| format!("encoded {f}"));
-        eprintln!("{label}");
-        let encoded = format.map(|format| drawn.encode(format, Prefer::Speed)).transpose()?;
-        let source = encoded.as_ref().unwrap_or(&drawn);
-        let free_before = device.memory()?.0;
-        let backend = CudaBackend::new(Device::open(index)?)?;
-        has_cublas = backend.has_blas();
-        let model = Model::on_backend(backend, drawn.config.clone(), &Loader::new(source, Checks::None))?;
-        let mut result = Measurement {
-            name: label,
-            bits_per_weight: source.bits_per_weight(),
-            weight_bytes: model.weight_bytes(),
-            ..run(&model, rounds)?
-        };
-        result.used_bytes = (free_before - device.memory()?.0) as u64;
-        // The embedding is read a row at a time.
-        let read_bytes = result.weight_bytes as f64 * drawn.share_read();
-        result.generate_bytes_per_s = read_bytes * result.generate_tok_per_s;
-        let peer = results
-            .first()
-            .map_or((result.generate_tok_per_s, result.prompt_s), |bf16| (bf16.generate_tok_per_s, bf16.prompt_s));
-        result.ratio_generate = result.generate_tok_per_s / peer.0;
-        result.ratio_prompt = result.prompt_s / peer.1;
-        results.push(result);
+/// Runs what was chosen: operations with `--kernels` or with what only they have, models with `--model-shape`, and both where nothing was.
+pub fn run(index: usize, args: &Args, formats: Option<&[Format]>) -> Result<ExitCode> {
+    let formats = formats.unwrap_or(Format::ALL);
+    let wants_kernels = args.gpu.is_used() || !args.shape.is_empty();
+    let shapes = match (&args.model_shape[..], wants_kernels) {
+        ([], false) => &MODEL_SHAPES,
+        (shapes, _) => shapes,
+    };
+    let options = kernels::Options {
+        shapes: &args.shape,
+        formats,
+        gpu: &args.gpu,
+        seconds: args.seconds.unwrap_or(SECONDS),
+        rounds: args.rounds,
+        seed: args.seed,
+    };
+    let opened = kernels::open(index, &options)?;
+    let mut report = Report {
+        device: opened.device().name()?,
+        has_cublas: opened.has_blas(),
+        nvcomp: opened.nvcomp().unwrap_or_else(|problem| problem),
+        kernels: None,
+        models: Vec::new(),
+    };
+    eprintln!("{}", report.device);
+    if wants_kernels || args.model_shape.is_empty() {
+        report.kernels = Some(kernels::measure(&opened, &options)?);
     }
-    Ok(Report { device: name, model_shape: shape.name(), rounds, has_cublas, results })
-}
-
-/// Times of prompts and of generation; the rest is for the caller to fill in.
-fn run(model: &Model<CudaBackend>, rounds: usize) -> Result<Measurement> {
-    let vocab_size = model.config().vocab_size as u32;
-    let prompt: Vec<u32> = (0..PROMPT_TOKENS as u32).map(|i| i * 7919 % vocab_size).collect();
-    let mut cache = model.new_cache(PROMPT_TOKENS)?;
-    let mut prompt_s = Vec::new();
-    // The first round warms up.
-    for _ in 0..=rounds {
-        cache.reset();
-        let started = Instant::now();
-        model.likeliest(&prompt, &mut cache)?;
-        prompt_s.push(started.elapsed().as_secs_f64());
+    // Models have the memory for themselves.
+    drop(opened);
+    for &shape in shapes {
+        report.models.push(models::measure(index, shape, formats, args.seed, args.rounds)?);
     }
-    let mut generate_tok_per_s = Vec::new();
-    for _ in 0..=rounds {
-        cache.reset();
-        let mut token = 1;
-        let started = Instant::now();
-        for _ in 0..GENERATED_TOKENS {
-            token = model.likeliest(&[token], &mut cache)?;
-        }
-        generate_tok_per_s.push(GENERATED_TOKENS as f64 / started.elapsed().as_secs_f64());
+    if args.json {
+        output::print_json(&report)?;
+        return Ok(ExitCode::SUCCESS);
     }
-    Ok(Measurement {
-        name: String::new(),
-        bits_per_weight: 0.0,
-        weight_bytes: 0,
-        used_bytes: 0,
-        generate_tok_per_s: median(&mut generate_tok_per_s[1..]),
-        generate_bytes_per_s: 0.0,
-        prompt_s: median(&mut prompt_s[1..]),
-        ratio_generate: 1.0,
-        ratio_prompt: 1.0,
-    })
-}
-
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-/// Prints the report as a table.
-pub fn print_table(report: &Report) {
-    println!("{}, {}, {} rounds", report.device, report.model_shape, report.rounds);
+    println!("{}", report.device);
     if !report.has_cublas {
-        println!("cuBLAS was not found: prompts are slow");
+        println!("cuBLAS was not found: nothing to compare with, and prompts are slow");
     }
-    println!(
-        "\n{:<14} {:>11} {:>10} {:>9} {:>9} {:>8} {:>7} {:>11} {:>7}",
-        "", "bits/weight", "weights", "in use", "tokens/s", "GB/s", "ratio", "2048 prompt", "ratio"
-    );
-    for m in &report.results {
-        println!(
-            "{:<14} {:>11.3} {:>7.3} GB {:>6.2} GB {:>9.1} {:>8.0} {:>7.3} {:>8.2} ms {:>7.3}",
-            m.name,
-            m.bits_per_weight,
-            m.weight_bytes as f64 / 1e9,
-            m.used_bytes as f64 / 1e9,
-            m.generate_tok_per_s,
-            m.generate_bytes_per_s / 1e9,
-            m.ratio_generate,
-            1e3 * m.prompt_s,
-            m.ratio_prompt
-        );
+    println!("nvCOMP: {}", report.nvcomp);
+    if let Some(kernels) = &report.kernels {
+        kernels::print_table(kernels);
     }
+    for model in &report.models {
+        models::print_table(model);
+    }
+    Ok(ExitCode::SUCCESS)
 }

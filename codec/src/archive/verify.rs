@@ -7,6 +7,7 @@ use crate::checkpoint::{CONFIG_FILE, Checkpoint, Dtype, INDEX_FILE, TensorInfo, 
 use crate::encoded::{Checks, EncodedTensor};
 use crate::error::{Error, Result};
 use crate::gguf::is_gguf;
+use crate::quantize::Codes;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -49,6 +50,18 @@ pub struct Report {
     pub not_checked: Vec<String>,
 }
 
+/// A decoder of another machine, for [`verify_with`] to compare with the reference.
+pub trait Decoder: Sync {
+    /// What the report calls it.
+    fn name(&self) -> &str;
+
+    /// The codes of a tensor, row-major.
+    ///
+    /// # Errors
+    /// Why it cannot decode the tensor, in words. This says nothing of the tensor, and leaves the check open.
+    fn decode(&self, tensor: &EncodedTensor) -> Result<Codes<'static>, String>;
+}
+
 /// A check in progress.
 struct Tally {
     name: &'static str,
@@ -72,6 +85,11 @@ impl Tally {
         let status = if matches!(e, Error::Io { .. }) { Status::Unchecked } else { Status::Wrong };
         self.status = self.status.max(status);
         self.problems.push(e.to_string());
+    }
+
+    fn unchecked(&mut self, problem: String) {
+        self.status = self.status.max(Status::Unchecked);
+        self.problems.push(problem);
     }
 
     fn expect(&mut self, holds: bool, problem: impl FnOnce() -> String) {
@@ -99,6 +117,29 @@ impl Tally {
 /// # Errors
 /// [`Error::Interrupted`] only; whatever is wrong or unreadable stands in the report.
 pub fn verify(archive: &Path, source: Option<&Path>, cpus: &[Cpu], progress: &dyn Progress) -> Result<Report> {
+    verify_with(archive, source, &Decoders { cpus, other: None }, progress)
+}
+
+/// The decoders that are compared with the scalar reference.
+#[derive(Clone, Copy)]
+pub struct Decoders<'a> {
+    /// Those of this crate.
+    pub cpus: &'a [Cpu],
+    /// Another machine's.
+    pub other: Option<&'a dyn Decoder>,
+}
+
+/// [`verify`] with another machine's decoder beside those of this crate.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_with(
+    archive: &Path,
+    source: Option<&Path>,
+    decoders: &Decoders<'_>,
+    progress: &dyn Progress,
+) -> Result<Report> {
+    let cpus = decoders.cpus;
     let mut checks = Vec::new();
     let mut not_checked = Vec::new();
 
@@ -117,7 +158,7 @@ pub fn verify(archive: &Path, source: Option<&Path>, cpus: &[Cpu], progress: &dy
     }
 
     match Checkpoint::open(archive) {
-        Ok(checkpoint) => check_tensors(&checkpoint, provenance.as_ref(), source, cpus, progress, &mut checks)?,
+        Ok(checkpoint) => check_tensors(&checkpoint, provenance.as_ref(), source, decoders, progress, &mut checks)?,
         Err(e) => {
             let mut structure = Tally::new("structure");
             structure.error(&e);
@@ -166,10 +207,11 @@ fn check_tensors(
     archive: &Checkpoint,
     provenance: Option<&Provenance>,
     source_dir: Option<&Path>,
-    cpus: &[Cpu],
+    compared: &Decoders<'_>,
     progress: &dyn Progress,
     checks: &mut Vec<Check>,
 ) -> Result<()> {
+    let cpus = compared.cpus;
     let mut structure = Tally::new("structure");
     let mut decoders = Tally::new("decoders");
     let mut tensors = Tally::new("source.tensors");
@@ -210,7 +252,7 @@ fn check_tensors(
                 Err(e) => structure.error(&e.in_tensor(name)),
                 Ok(encoded) => {
                     check_encoded(info, &encoded, provenance, &mut structure);
-                    check_decoders(name, &encoded, cpus, &mut decoders);
+                    check_decoders(name, &encoded, compared, &mut decoders);
                     n_weights += encoded.n_rows() as u64 * encoded.n_cols() as u64;
                     if let Some(original) = original {
                         tensors.n_passed += 1;
@@ -242,7 +284,8 @@ fn check_tensors(
     }
 
     checks.push(structure.finish(|n| format!("{n} tensors are well-formed, {n_encoded} of them encoded")));
-    let others: Vec<&str> = cpus.iter().filter(|&&cpu| cpu != Cpu::Scalar).map(|cpu| cpu.name()).collect();
+    let others = cpus.iter().filter(|&&cpu| cpu != Cpu::Scalar).map(|cpu| cpu.name());
+    let others: Vec<&str> = others.chain(compared.other.map(Decoder::name)).collect();
     checks.push(decoders.finish(|n| match others.is_empty() {
         true => format!("the scalar reference decodes {n} tensors, {n_weights} weights"),
         false => format!(
@@ -314,16 +357,26 @@ fn check_encoded(info: &TensorInfo, encoded: &EncodedTensor, provenance: Option<
     }
 }
 
-fn check_decoders(name: &str, encoded: &EncodedTensor, cpus: &[Cpu], decoders: &mut Tally) {
+fn check_decoders(name: &str, encoded: &EncodedTensor, compared: &Decoders<'_>, decoders: &mut Tally) {
     let reference = match encoded.decode_codes(Cpu::Scalar) {
         Ok(codes) => codes,
         Err(e) => return decoders.error(&e.in_tensor(name)),
     };
-    for &cpu in cpus.iter().filter(|&&cpu| cpu != Cpu::Scalar) {
+    for &cpu in compared.cpus.iter().filter(|&&cpu| cpu != Cpu::Scalar) {
         match encoded.decode_codes(cpu) {
             Ok(codes) if codes == reference => {}
             Ok(_) => return decoders.wrong(format!("tensor `{name}`: {cpu} decodes other codes than the reference")),
             Err(e) => return decoders.error(&e.within(cpu).in_tensor(name)),
+        }
+    }
+    if let Some(other) = compared.other {
+        match other.decode(encoded) {
+            Ok(codes) if codes == reference => {}
+            Ok(_) => {
+                let problem = format!("tensor `{name}`: {} decodes other codes than the reference", other.name());
+                return decoders.wrong(problem);
+            }
+            Err(e) => return decoders.unchecked(format!("tensor `{name}`: {}: {e}", other.name())),
         }
     }
     decoders.n_passed += 1;

@@ -10,7 +10,7 @@ mod simd;
 
 use crate::backend::{Attention, Backend, CacheShape, Input, Logits, Norm, Projection};
 use crate::error::{Error, Result};
-use crate::sampler;
+use crate::sampler::{self, Draw};
 use crate::weights::{DenseType, Weight};
 use attention::Cache;
 use bytes::Bytes;
@@ -492,6 +492,10 @@ impl Backend for CpuBackend {
 
     fn likeliest(&self, _: &Batch, logits: &Buffer) -> Result<u32> {
         sampler::likeliest(logits.rows(1))
+    }
+
+    fn sample(&self, _: &mut Batch, logits: &mut Buffer, draw: &Draw) -> Result<u32> {
+        draw.choose(logits.rows_mut(1))
     }
 
     fn write(&self, buffer: &mut Buffer, values: &[f32]) -> Result<()> {

@@ -11,10 +11,13 @@ use super::device::{Device, Grid, failed};
 use super::encoded::{self, EncodedKernels, EncodedMatrix, OperandBuffer, PRODUCT_TOKENS};
 use super::host::{Pinned, Upload};
 use super::ops::{self, Kernels, NONE, Rows};
-use crate::backend::{Attention, Backend, CacheShape, Input, Logits, Norm, Projection};
+use super::sample::{DrawState, SampleKernels};
+use super::zstd::{Zstd, ZstdMatrix};
+use crate::backend::{Attention, Backend, CacheShape, DeviceMemory, Input, Logits, Norm, Projection};
 use crate::error::{Error, Result};
-use crate::sampler;
+use crate::sampler::{self, Draw};
 use crate::weights::{DenseType, Weight};
+use codecllm_codec::Coder;
 use cudarc::driver::sys::{CUdeviceptr, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaFunction, CudaGraph, CudaSlice, DevicePtr, DevicePtrMut};
 use half::bf16;
@@ -24,6 +27,8 @@ use std::sync::{Mutex, MutexGuard};
 const ROW_ALIGN: usize = 8;
 /// Threads of kernels that go over a token's activations.
 const ROW_THREADS: u32 = 256;
+/// What cuBLAS takes for itself on the largest GPUs, in bytes.
+const BLAS_BYTES: u64 = 32 << 20;
 /// Blocks that choose a token.
 const CHOOSE_BLOCKS: u32 = 32;
 
@@ -31,10 +36,13 @@ const CHOOSE_BLOCKS: u32 = 32;
 pub struct CudaBackend {
     device: Device,
     kernels: Kernels,
+    sample: SampleKernels,
     blas: Option<Blas>,
     upload: Mutex<Upload>,
     encoded: EncodedKernels,
     scratch: Mutex<Scratch>,
+    /// Opened for the first tensor of that coder.
+    zstd: Mutex<Option<Zstd>>,
 }
 
 /// What products of encoded matrices need, one after another. It grows while a model is loaded, and for a first prompt.
@@ -52,6 +60,7 @@ impl CudaBackend {
     /// A backend on a GPU.
     pub fn new(device: Device) -> Result<Self> {
         let kernels = Kernels::load(&device)?;
+        let sample = SampleKernels::load(&device)?;
         let blas = Blas::load(&device)?;
         let upload = Mutex::new(Upload::new(&device)?);
         let encoded = EncodedKernels::new(&device)?;
@@ -62,7 +71,7 @@ impl CudaBackend {
             // SAFETY: it is empty.
             decoded: unsafe { device.stream().alloc(0) }.map_err(failed("allocating memory"))?,
         });
-        Ok(Self { device, kernels, blas, upload, encoded, scratch })
+        Ok(Self { device, kernels, sample, blas, upload, encoded, scratch, zstd: Mutex::new(None) })
     }
 
     /// The GPU.
@@ -95,11 +104,12 @@ pub struct Matrix(Storage);
 enum Storage {
     Dense(Dense),
     Encoded(Box<EncodedMatrix>),
+    Zstd(Box<ZstdMatrix>),
 }
 
 /// BF16, `[n_rows, stride]`
 struct Dense {
-    data: CudaSlice<u16>,
+    data: CudaSlice<bf16>,
     n_rows: usize,
     n_cols: usize,
     stride: usize,
@@ -110,6 +120,7 @@ impl Matrix {
         match &self.0 {
             Storage::Dense(dense) => dense.n_rows,
             Storage::Encoded(encoded) => encoded.n_rows(),
+            Storage::Zstd(zstd) => zstd.n_rows(),
         }
     }
 
@@ -117,6 +128,7 @@ impl Matrix {
         match &self.0 {
             Storage::Dense(dense) => dense.n_cols,
             Storage::Encoded(encoded) => encoded.n_cols(),
+            Storage::Zstd(zstd) => zstd.n_cols(),
         }
     }
 }
@@ -149,6 +161,7 @@ pub struct Batch {
     /// What the blocks that choose share: the best so far, and how many are done.
     best: CudaSlice<u64>,
     done: CudaSlice<u32>,
+    draw: DrawState,
 }
 
 /// Keys and values of one layer, BF16, each `[n_kv_heads, capacity, head_dim padded]`.
@@ -238,6 +251,15 @@ impl CudaBackend {
         self.scratch.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    fn upload(&self) -> MutexGuard<'_, Upload> {
+        self.upload.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Columns that plain matrices may have: a token's activations lie in shared memory.
+    fn dense_cols(&self) -> usize {
+        (self.device.shared_bytes() - self.ring_bytes()) as usize / 4
+    }
+
     fn ring_bytes(&self) -> u32 {
         ops::ring_bytes(self.device.shared_bytes())
     }
@@ -268,14 +290,16 @@ impl CudaBackend {
         assert!(products.iter().all(|p| p.matrix.n_cols() == x.n_cols()), "a product's input has the matrix's width");
         let mut dense = Vec::new();
         let mut encoded = Vec::new();
+        let mut zstd = Vec::new();
         for product in products {
             match &product.matrix.0 {
                 Storage::Dense(matrix) => dense.push((matrix, product)),
                 Storage::Encoded(matrix) => encoded.push((&**matrix, product)),
+                Storage::Zstd(matrix) => zstd.push((&**matrix, product)),
             }
         }
         let blas = self.blas.as_ref().filter(|_| x.n_tokens > 1);
-        if blas.is_some() && (!dense.is_empty() || x.n_tokens > PRODUCT_TOKENS) {
+        if blas.is_some() && (!dense.is_empty() || !zstd.is_empty() || x.n_tokens > PRODUCT_TOKENS) {
             self.normalize(&x, None)?;
         }
         match blas {
@@ -289,6 +313,14 @@ impl CudaBackend {
                 for rows in rows.chunks(ops::MAX_PRODUCTS) {
                     self.matvec(&self.kernels.matvec_dense, &x, rows)?;
                 }
+            }
+        }
+        for (matrix, product) in zstd {
+            let decoded = &mut self.scratch().decoded;
+            let stride = self.decode_zstd(matrix, decoded)?;
+            match blas {
+                Some(blas) => self.many(blas, &x, address(decoded), stride, product)?,
+                None => self.matvec(&self.kernels.matvec_dense, &x, &[rows(address(decoded), product)])?,
             }
         }
         if encoded.is_empty() {
@@ -363,12 +395,43 @@ impl CudaBackend {
 
     /// Decodes a matrix into `decoded`, which grows where it has to.
     fn decode(&self, matrix: &EncodedMatrix, decoded: &mut CudaSlice<bf16>) -> Result<()> {
-        let len = matrix.n_rows() * matrix.n_cols();
+        self.grow_decoded(matrix.n_rows() * matrix.n_cols(), decoded)?;
+        self.encoded.decode(&self.device, &mut [(matrix, decoded)])
+    }
+
+    fn grow_decoded(&self, len: usize, decoded: &mut CudaSlice<bf16>) -> Result<()> {
         if decoded.len() < len {
             // SAFETY: every element is written before it is read.
             *decoded = unsafe { self.device.stream().alloc(len) }.map_err(|e| self.device.out_of_memory(e, 2 * len))?;
         }
-        self.encoded.decode(&self.device, &mut [(matrix, decoded)])
+        Ok(())
+    }
+
+    /// The same for a matrix of coder `zstd`, in rows of as many elements as are returned.
+    fn decode_zstd(&self, matrix: &ZstdMatrix, decoded: &mut CudaSlice<bf16>) -> Result<usize> {
+        let stride = matrix.n_cols().next_multiple_of(ROW_ALIGN);
+        self.grow_decoded(matrix.n_rows() * stride, decoded)?;
+        match &mut *self.zstd() {
+            Some(zstd) => zstd.decode(&self.device, matrix, decoded, stride)?,
+            None => return Err(Error::device("a matrix of coder `zstd` is another backend's")),
+        }
+        Ok(stride)
+    }
+
+    fn zstd(&self) -> MutexGuard<'_, Option<Zstd>> {
+        self.zstd.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Checks that the product of one token has room for the activations of a matrix's columns.
+    fn check_cols(&self, n_cols: usize) -> Result<()> {
+        let room = self.dense_cols();
+        if n_cols.next_multiple_of(ROW_ALIGN) > room {
+            return Err(Error::unsupported(
+                "--device cuda",
+                format!("a matrix has {n_cols} columns; this GPU's shared memory has room for {room}"),
+            ));
+        }
+        Ok(())
     }
 
     /// What products straight from the compressed blocks read, up to sixteen tokens. One token's norm is part of them.
@@ -428,24 +491,29 @@ impl Backend for CudaBackend {
                     ),
                 ));
             }
+            Weight::Encoded(tensor) if tensor.coder() == Coder::Zstd => {
+                self.check_cols(tensor.n_cols())?;
+                let zstd = &mut *self.zstd();
+                let zstd = match zstd {
+                    Some(zstd) => zstd,
+                    none => none.insert(Zstd::new(&self.device)?),
+                };
+                let matrix = zstd.matrix(&self.device, &tensor)?;
+                let len = matrix.n_rows() * matrix.n_cols().next_multiple_of(ROW_ALIGN);
+                self.grow_decoded(len, &mut self.scratch().decoded)?;
+                return Ok(Matrix(Storage::Zstd(Box::new(matrix))));
+            }
             Weight::Encoded(tensor) => {
-                let matrix = EncodedMatrix::new(&self.device, &self.encoded, &tensor)?;
+                let matrix = EncodedMatrix::upload(&self.device, &self.encoded, &mut self.upload(), &tensor)?;
                 self.scratch().grow(self, matrix.n_cols())?;
                 return Ok(Matrix(Storage::Encoded(Box::new(matrix))));
             }
         };
         let stride = n_cols.next_multiple_of(ROW_ALIGN);
-        let room = (self.device.shared_bytes() - self.ring_bytes()) as usize / 4;
-        if stride > room {
-            return Err(Error::unsupported(
-                "--device cuda",
-                format!("a matrix has {n_cols} columns; this GPU's shared memory has room for {room}"),
-            ));
-        }
-        let mut to = self.device.zeros::<u16>(n_rows * stride)?;
-        let mut upload = self.upload.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        self.check_cols(n_cols)?;
+        let mut to = self.device.zeros::<bf16>(n_rows * stride)?;
         // SAFETY: the allocation has n_rows rows of `stride` weights.
-        unsafe { upload.copy(&self.device, &data, address_mut(&mut to), 2 * n_cols, 2 * stride)? };
+        unsafe { self.upload().copy(&self.device, &data, address_mut(&mut to), 2 * n_cols, 2 * stride)? };
         Ok(Matrix(Storage::Dense(Dense { data: to, n_rows, n_cols, stride })))
     }
 
@@ -455,36 +523,32 @@ impl Backend for CudaBackend {
     }
 
     fn buffer(&self, n_tokens: usize, width: usize) -> Result<Buffer> {
-        let stride = width.next_multiple_of(ROW_ALIGN);
-        let n_narrow = if n_tokens > 1 { n_tokens } else { 0 };
+        let BufferSizes { data, narrow, rest } = BufferSizes::new(n_tokens, width);
         Ok(Buffer {
-            data: self.device.zeros(n_tokens * width)?,
-            narrow: self.device.zeros(n_narrow * stride)?,
-            rest: self.device.zeros(n_narrow.min(PRODUCT_TOKENS) * stride)?,
+            data: self.device.zeros(data)?,
+            narrow: self.device.zeros(narrow)?,
+            rest: self.device.zeros(rest)?,
             width,
         })
     }
 
     fn cache(&self, shape: CacheShape) -> Result<Cache> {
-        let CacheShape { capacity, n_heads, n_kv_heads, head_dim } = shape;
-        let cached_dim = cached_dim(&shape);
-        if !ops::CACHED_DIMS.contains(&cached_dim) {
+        let head_dim = shape.head_dim;
+        if !ops::CACHED_DIMS.contains(&cached_dim(&shape)) {
             let most = ops::CACHED_DIMS[3];
             return Err(Error::unsupported(
                 "--device cuda",
                 format!("attention heads have {head_dim} elements; the GPU's kernels take up to {most}"),
             ));
         }
-        let n_blocks = head_blocks(&shape);
-        let n_shares = capacity.div_ceil(ops::ONE_TILE);
-        let n_shares = n_shares.min(2 * self.device.n_multiprocessors() as usize / n_blocks).max(1);
+        let CacheSizes { values, n_shares, partial, done } = CacheSizes::new(&self.device, &shape);
         Ok(Cache {
             shape,
-            keys: self.device.zeros(n_kv_heads * capacity * cached_dim)?,
-            values: self.device.zeros(n_kv_heads * capacity * cached_dim)?,
+            keys: self.device.zeros(values)?,
+            values: self.device.zeros(values)?,
             n_shares: n_shares as u32,
-            partial: self.device.zeros(n_heads * n_shares * (cached_dim + 2))?,
-            done: self.device.zeros(n_blocks)?,
+            partial: self.device.zeros(partial)?,
+            done: self.device.zeros(done)?,
         })
     }
 
@@ -498,6 +562,7 @@ impl Backend for CudaBackend {
             choice_host: Pinned::new(&self.device, 8)?,
             best: self.device.zeros(1)?,
             done: self.device.zeros(1)?,
+            draw: DrawState::new(&self.device)?,
         })
     }
 
@@ -505,6 +570,7 @@ impl Backend for CudaBackend {
         match &matrix.0 {
             Storage::Dense(dense) => dense.data.num_bytes() as u64,
             Storage::Encoded(encoded) => encoded.bytes(),
+            Storage::Zstd(zstd) => zstd.bytes(),
         }
     }
 
@@ -520,6 +586,8 @@ impl Backend for CudaBackend {
     }
 
     fn run(&self, recording: Option<&mut Recording>, pass: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+        // nvCOMP does not promise that its calls can be recorded.
+        let recording = recording.filter(|_| self.zstd().is_none());
         let Some(recording) = recording else { return pass() };
         if recording.0.is_none() {
             let stream = self.device.stream();
@@ -542,8 +610,14 @@ impl Backend for CudaBackend {
         // SAFETY: both sides have room for the position and the batch's tokens.
         unsafe { self.device.launch(&self.kernels.begin_step, grid, &params)? };
 
-        let table = match &table.0 {
-            Storage::Dense(table) => table,
+        let mut scratch;
+        let (table, stride) = match &table.0 {
+            Storage::Dense(table) => (address(&table.data), table.stride),
+            Storage::Zstd(table) => {
+                scratch = self.scratch();
+                let stride = self.decode_zstd(table, &mut scratch.decoded)?;
+                (address(&scratch.decoded), stride)
+            }
             Storage::Encoded(table) => {
                 let n_tokens = batch.n_tokens;
                 return self.encoded.gather_rows(&self.device, table, &batch.tokens, n_tokens, &mut out.data);
@@ -551,10 +625,10 @@ impl Backend for CudaBackend {
         };
         let params = ops::EmbedDense {
             tokens,
-            table: address(&table.data),
+            table,
             out: address_mut(&mut out.data),
-            n_cols: table.n_cols as u32,
-            stride: table.stride as u32,
+            n_cols: out.width as u32,
+            stride: stride as u32,
         };
         let grid = Grid { blocks: (n_tokens, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
         // SAFETY: the model checked that the table has a row for each token; the output has one for each, too.
@@ -701,6 +775,13 @@ impl Backend for CudaBackend {
         if logit.is_nan() { Err(sampler::not_a_number(token)) } else { Ok(token) }
     }
 
+    /// The host waits for the token alone. It waited for the one before, too, so that no launch reads what this one's are given.
+    fn sample(&self, batch: &mut Batch, logits: &mut Buffer, draw: &Draw) -> Result<u32> {
+        let Batch { draw: state, choice_host, .. } = &mut *batch;
+        self.sample.issue(&self.device, state, &logits.data, logits.width, choice_host, draw)?;
+        self.likeliest(batch, logits)
+    }
+
     fn write(&self, buffer: &mut Buffer, values: &[f32]) -> Result<()> {
         let stream = self.device.stream();
         stream
@@ -713,6 +794,81 @@ impl Backend for CudaBackend {
         let stream = self.device.stream();
         stream.memcpy_dtoh(&buffer.data.slice(..out.len()), out).map_err(failed("copying logits"))?;
         self.device.synchronize()
+    }
+}
+
+impl DeviceMemory for CudaBackend {
+    const FUSED_TOKENS: usize = PRODUCT_TOKENS;
+
+    /// None where a row would not begin at a multiple of 16 bytes, or has more columns than plain matrices may have.
+    fn decoded_form(&self, matrix: &Matrix) -> Option<(u64, bool)> {
+        let Storage::Encoded(encoded) = &matrix.0 else { return None };
+        let n_cols = encoded.n_cols();
+        let is_possible = n_cols.is_multiple_of(ROW_ALIGN) && n_cols <= self.dense_cols();
+        is_possible.then(|| (2 * (encoded.n_rows() * n_cols) as u64, encoded.is_lossless()))
+    }
+
+    fn keep_decoded(&self, matrix: &mut Matrix) -> Result<()> {
+        let Storage::Encoded(encoded) = &matrix.0 else { return Ok(()) };
+        assert!(self.decoded_form(matrix).is_some(), "a matrix without a decoded form is not decoded");
+        let (n_rows, n_cols) = (encoded.n_rows(), encoded.n_cols());
+        let mut data = self.device.zeros::<bf16>(0)?;
+        self.decode(encoded, &mut data)?;
+        // The encoded form's memory is given back in the stream's order, so after the decoder.
+        matrix.0 = Storage::Dense(Dense { data, n_rows, n_cols, stride: n_cols });
+        Ok(())
+    }
+
+    fn buffer_bytes(&self, n_tokens: usize, width: usize) -> u64 {
+        let BufferSizes { data, narrow, rest } = BufferSizes::new(n_tokens, width);
+        (4 * data + 2 * (narrow + rest)) as u64
+    }
+
+    fn cache_bytes(&self, shape: CacheShape) -> u64 {
+        let CacheSizes { values, partial, done, .. } = CacheSizes::new(&self.device, &shape);
+        (2 * 2 * values + 4 * (partial + done)) as u64
+    }
+
+    fn working_bytes(&self) -> u64 {
+        let Scratch { operand, normed, decoded, .. } = &*self.scratch();
+        let scratch = (operand.n_bytes() + normed.num_bytes() + decoded.num_bytes()) as u64;
+        let zstd = self.zstd().as_ref().map_or(0, Zstd::bytes);
+        self.encoded.n_bytes() + scratch + zstd + if self.has_blas() { BLAS_BYTES } else { 0 }
+    }
+}
+
+/// Elements of what a [`Buffer`] holds.
+struct BufferSizes {
+    data: usize,
+    narrow: usize,
+    rest: usize,
+}
+
+impl BufferSizes {
+    fn new(n_tokens: usize, width: usize) -> Self {
+        let stride = width.next_multiple_of(ROW_ALIGN);
+        let n_narrow = if n_tokens > 1 { n_tokens } else { 0 };
+        Self { data: n_tokens * width, narrow: n_narrow * stride, rest: n_narrow.min(PRODUCT_TOKENS) * stride }
+    }
+}
+
+/// Elements of what a [`Cache`] holds.
+struct CacheSizes {
+    /// Of the keys, and of the values.
+    values: usize,
+    n_shares: usize,
+    partial: usize,
+    done: usize,
+}
+
+impl CacheSizes {
+    fn new(device: &Device, shape: &CacheShape) -> Self {
+        let &CacheShape { capacity, n_heads, n_kv_heads, .. } = shape;
+        let (cached_dim, n_blocks) = (cached_dim(shape), head_blocks(shape));
+        let n_shares = capacity.div_ceil(ops::ONE_TILE);
+        let n_shares = n_shares.min(2 * device.n_multiprocessors() as usize / n_blocks).max(1);
+        let partial = n_heads * n_shares * (cached_dim + 2);
+        Self { values: n_kv_heads * capacity * cached_dim, n_shares, partial, done: n_blocks }
     }
 }
 

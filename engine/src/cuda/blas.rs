@@ -4,9 +4,20 @@ use super::device::Device;
 use crate::error::{Error, Result};
 use cudarc::cublas::{CudaBlas, result, sys};
 use cudarc::driver::sys::CUdeviceptr;
+use cudarc::driver::{CudaSlice, DevicePtrMut};
 
 /// cuBLAS on a device's stream.
-pub(super) struct Blas(CudaBlas);
+pub(super) struct Blas {
+    blas: CudaBlas,
+    _workspace: Option<CudaSlice<u8>>,
+}
+
+/// What the elements of a product are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Element {
+    F32,
+    Bf16,
+}
 
 /// `out[t][row] = matrix[row] · x[t]`, in BF16; the sums are f32.
 pub(super) struct Gemm {
@@ -33,7 +44,19 @@ impl Blas {
             return Ok(None);
         }
         let blas = CudaBlas::new(device.stream().clone());
-        Ok(Some(Self(blas.map_err(|e| Error::device(format!("cuBLAS does not start: {e}")))?)))
+        let blas = blas.map_err(|e| Error::device(format!("cuBLAS does not start: {e}")))?;
+        Ok(Some(Self { blas, _workspace: None }))
+    }
+
+    /// The same with working memory of its own: without, it would allocate some in every graph.
+    pub fn with_workspace(self, device: &Device, bytes: usize) -> Result<Self> {
+        let mut workspace = device.zeros::<u8>(bytes)?;
+        let at = workspace.device_ptr_mut(device.stream()).0;
+        // SAFETY: the memory has the size that is given, and lives as long as the handle.
+        unsafe { sys::cublasSetWorkspace_v2(*self.blas.handle(), at as *mut _, bytes) }
+            .result()
+            .map_err(|e| Error::device(format!("cuBLAS refuses working memory: {e}")))?;
+        Ok(Self { _workspace: Some(workspace), ..self })
     }
 
     /// Issues a product.
@@ -41,6 +64,19 @@ impl Blas {
     /// # Safety
     /// The pointers have room for the shapes, in the memory of the device.
     pub unsafe fn product(&self, gemm: &Gemm) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.product_as(gemm, Element::F32) }
+    }
+
+    /// Issues a product whose elements, at `out`, are of another kind.
+    ///
+    /// # Safety
+    /// As [`Self::product`].
+    pub unsafe fn product_as(&self, gemm: &Gemm, element: Element) -> Result<()> {
+        let out_type = match element {
+            Element::F32 => sys::cudaDataType::CUDA_R_32F,
+            Element::Bf16 => sys::cudaDataType::CUDA_R_16BF,
+        };
         let &Gemm { matrix, matrix_stride, n_rows, n_cols, x, x_stride, n_tokens, out, adds } = gemm;
         let (alpha, beta) = (1f32, f32::from(u8::from(adds)));
         let bf16 = sys::cudaDataType::CUDA_R_16BF;
@@ -48,7 +84,7 @@ impl Blas {
         // SAFETY: as the caller says.
         let done = unsafe {
             result::gemm_ex(
-                *self.0.handle(),
+                *self.blas.handle(),
                 sys::cublasOperation_t::CUBLAS_OP_T,
                 sys::cublasOperation_t::CUBLAS_OP_N,
                 n_rows as i32,
@@ -63,7 +99,7 @@ impl Blas {
                 x_stride as i32,
                 (&raw const beta).cast(),
                 out as *mut _,
-                sys::cudaDataType::CUDA_R_32F,
+                out_type,
                 n_rows as i32,
                 sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
                 sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,

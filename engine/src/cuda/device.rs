@@ -1,5 +1,6 @@
 //! A GPU: found, checked, with a stream of its own and the kernels loaded.
 
+use super::code::{self, Compiled, KernelFile};
 use crate::error::{Error, Result};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DeviceRepr, DriverError, ValidAsZeroBits, result, sys,
@@ -140,6 +141,18 @@ impl Device {
         &self.stream
     }
 
+    /// The stream as another library takes it, in the context that this thread then has.
+    pub(super) fn bound_stream(&self) -> Result<sys::CUstream> {
+        self.context.bind_to_thread().map_err(failed("binding the GPU to a thread"))?;
+        Ok(self.stream.cu_stream())
+    }
+
+    /// Has the next kernel start when everything before is done. For one that reads, before it waits, what the kernel before it writes.
+    pub(super) fn separate(&self, word: &mut CudaSlice<u32>) -> Result<()> {
+        // Kernels overlap with kernels alone.
+        self.stream.memset_zeros(word).map_err(failed("separating two kernels"))
+    }
+
     pub(super) fn n_multiprocessors(&self) -> u32 {
         self.n_multiprocessors
     }
@@ -149,16 +162,36 @@ impl Device {
         self.shared_bytes
     }
 
-    /// Loads kernels that are compiled into this program.
-    pub(super) fn load(&self, fatbin: &[u8]) -> Result<Arc<CudaModule>> {
-        self.context.load_module(Ptx::from_binary(fatbin.to_vec())).map_err(|e| {
-            Error::device(format!(
-                "the driver refuses the kernels for compute capability {}.{} ({}); update it to version 580 or later",
-                self.capability.0,
-                self.capability.1,
-                text(e)
-            ))
-        })
+    /// Loads a file of kernels: as it is compiled into this program, or compiled here where the driver takes none of that.
+    ///
+    /// # Errors
+    /// Neither is possible: why, and what to install.
+    pub(super) fn load(&self, file: &KernelFile) -> Result<Arc<CudaModule>> {
+        if std::env::var_os(code::VARIABLE).is_some_and(|v| v == "1") {
+            return self.compile(file);
+        }
+        let (major, minor) = self.capability;
+        let problem = |e: DriverError| {
+            format!("the driver refuses the kernels for compute capability {major}.{minor} ({})", text(e))
+        };
+        match self.context.load_module(Ptx::from_binary(file.fatbin.to_vec())) {
+            Ok(module) => Ok(module),
+            Err(e) if has_no_code(e) => self.compile(file).map_err(|second| {
+                Error::device(format!("{}; update it to version 580 or later. In place of that: {second}", problem(e)))
+            }),
+            Err(e) => Err(Error::device(problem(e))),
+        }
+    }
+
+    /// Has NVRTC compile a file of kernels, and loads what comes out.
+    fn compile(&self, file: &KernelFile) -> Result<Arc<CudaModule>> {
+        let (major, minor) = self.capability;
+        eprintln!("compiling {} for compute capability {major}.{minor}; on one core it may take a minute", file.name);
+        let ptx = match code::compile(file, self.capability)? {
+            Compiled::Cubin(code) => Ptx::from_binary(code),
+            Compiled::Ptx(source) => Ptx::from_src(source),
+        };
+        self.context.load_module(ptx).map_err(failed("loading kernels that NVRTC compiled"))
     }
 
     /// Finds a kernel, has it run beside others (which takes as much shared memory of all: a multiprocessor has to be idle for another
@@ -228,6 +261,20 @@ impl Device {
 /// Turns a driver's error into ours; `doing` says what failed.
 pub(super) fn failed(doing: &str) -> impl FnOnce(DriverError) -> Error {
     move |e| Error::device(format!("{doing} failed: {}", text(e)))
+}
+
+/// Whether a fatbin was refused for having nothing that the driver can run or compile for the GPU.
+fn has_no_code(e: DriverError) -> bool {
+    use sys::CUresult::*;
+    matches!(
+        e.0,
+        CUDA_ERROR_NO_BINARY_FOR_GPU
+            | CUDA_ERROR_INVALID_IMAGE
+            | CUDA_ERROR_INVALID_PTX
+            | CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | CUDA_ERROR_JIT_COMPILER_NOT_FOUND
+            | CUDA_ERROR_JIT_COMPILATION_DISABLED
+    )
 }
 
 /// The driver's own words.

@@ -6,7 +6,9 @@ mod external;
 
 pub use external::{External, ExternalMatrix};
 
+use super::code;
 use super::device::{Device, Grid, failed};
+use super::host::Upload;
 use crate::error::{Error, Result};
 use codecllm_codec::block::{BLOCK_ROWS, Params};
 use codecllm_codec::{EncodedTensor, Format, Layout};
@@ -159,6 +161,13 @@ pub(super) struct OperandBuffer {
     max_cols: usize,
 }
 
+impl OperandBuffer {
+    /// Its bytes in the GPU's memory.
+    pub fn n_bytes(&self) -> usize {
+        self.data.num_bytes()
+    }
+}
+
 /// A matrix, encoded, in a GPU's memory.
 pub(super) struct EncodedMatrix {
     format: Format,
@@ -170,12 +179,11 @@ pub(super) struct EncodedMatrix {
     /// Where its row blocks count the strips that are done; 0 for the memory that all matrices share.
     arrived: u64,
     /// What the description points to; none where that is another's.
-    _storage: Option<(CudaSlice<u8>, CudaSlice<u64>)>,
+    _storage: Option<(CudaSlice<u8>, CudaSlice<u8>)>,
 }
 
 /// The kernels for one format, and for the encoder's codecs or for any.
 struct Instance {
-    #[cfg(test)]
     decode_codes: CudaFunction,
     decode_values: CudaFunction,
     gather_rows: CudaFunction,
@@ -248,7 +256,7 @@ impl EncodedKernels {
 
     /// Loads the kernels, with memory for so many partial sums and row blocks: none where launches are given their own.
     fn with_scratch(device: &Device, n_partials: usize, n_row_blocks: usize) -> Result<Self> {
-        let module = device.load(include_bytes!("../../cuda/encoded.fatbin"))?;
+        let module = device.load(&code::ENCODED)?;
         let prepare = |name| device.kernel(&module, name, 0);
         let mut instances = Vec::new();
         let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
@@ -259,7 +267,6 @@ impl EncodedKernels {
             for which in ["", "_any"] {
                 let kernel = |verb: &str| device.kernel(&module, &format!("{verb}_{format}{which}"), shared_limit);
                 instances.push(Arc::new(Instance {
-                    #[cfg(test)]
                     decode_codes: kernel("decode_codes")?,
                     decode_values: kernel("decode_values")?,
                     gather_rows: kernel("gather_rows")?,
@@ -277,6 +284,11 @@ impl EncodedKernels {
             arrived: device.zeros(n_row_blocks)?,
             units: device.zeros(PRODUCT_TOKENS)?,
         })
+    }
+
+    /// Bytes of the memory that products share.
+    pub fn n_bytes(&self) -> u64 {
+        (self.partials.num_bytes() + self.arrived.num_bytes() + self.units.num_bytes()) as u64
     }
 
     /// Room for the activations of up to 16 tokens of up to `max_cols` columns.
@@ -341,7 +353,7 @@ fn check_layout(tensor: &Layout) -> Result<&Params> {
     let Some(params) = tensor.params() else {
         return Err(Error::unsupported(
             "encoded tensor",
-            "its coder is `zstd`, which the GPU does not decode; compress the model with coder `rans`",
+            "its coder is `zstd`, which these kernels do not decode; compress the model with coder `rans`",
         ));
     };
     let geometry = tensor.geometry();
@@ -362,19 +374,30 @@ fn check_layout(tensor: &Layout) -> Result<&Params> {
 }
 
 impl EncodedMatrix {
-    /// Takes an encoded tensor to the GPU.
+    /// Takes an encoded tensor to the GPU, its bytes as they lie in the archive.
     ///
     /// # Errors
     /// A tensor of coder `zstd`, more rows or columns than the kernels count, too little memory.
-    pub fn new(device: &Device, kernels: &EncodedKernels, tensor: &EncodedTensor) -> Result<Self> {
+    pub fn upload(
+        device: &Device,
+        kernels: &EncodedKernels,
+        upload: &mut Upload,
+        tensor: &EncodedTensor,
+    ) -> Result<Self> {
         let layout = tensor.layout();
         let entries = table_entries(&layout, check_layout(&layout)?);
+        let data = upload.take(device, tensor.bytes())?;
+        let table = upload.take(device, bytemuck::cast_slice(&entries))?;
         let stream = device.stream();
-        let data = stream.clone_htod(&tensor.bytes()[..]).map_err(|e| device.out_of_memory(e, tensor.bytes().len()))?;
-        let table = stream.clone_htod(&entries).map_err(|e| device.out_of_memory(e, 8 * entries.len()))?;
         let mut matrix = Self::describe(kernels, &layout, data.device_ptr(stream).0, table.device_ptr(stream).0)?;
         matrix._storage = Some((data, table));
         Ok(matrix)
+    }
+
+    /// The same with memory of its own to go through.
+    #[cfg(test)]
+    pub fn new(device: &Device, kernels: &EncodedKernels, tensor: &EncodedTensor) -> Result<Self> {
+        Self::upload(device, kernels, &mut Upload::new(device)?, tensor)
     }
 
     /// A matrix whose bytes lie at `base` and its table at `table`.
@@ -427,6 +450,11 @@ impl EncodedMatrix {
     /// Bytes in the GPU's memory.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Whether its values are BF16 to the bit.
+    pub fn is_lossless(&self) -> bool {
+        self.format.is_lossless()
     }
 
     fn n_row_blocks(&self) -> usize {
@@ -510,7 +538,6 @@ impl EncodedKernels {
     }
 
     /// Decodes matrices to their codes, row-major, into buffers of at least as many bytes as those have.
-    #[cfg(test)]
     pub fn decode_codes(&self, device: &Device, jobs: &mut [(&EncodedMatrix, &mut CudaSlice<u8>)]) -> Result<()> {
         let stream = device.stream();
         let jobs: Vec<_> = jobs
@@ -1173,103 +1200,6 @@ mod tests {
                 kernels.product(&device, &mut operand, plain_input(&x, n_tokens), &mut products).unwrap();
             }
             device.synchronize().unwrap();
-        }
-    }
-
-    /// Times on the device machine; prints a table.
-    #[test]
-    #[ignore = "a bench"]
-    fn bench() {
-        let (device, kernels) = gpu().unwrap();
-        let stream = device.stream();
-        let mut operand = kernels.operand(&device, 16384).unwrap();
-        let rows_made = 256;
-        for (n_rows, n_cols) in [(14336, 4096), (4096, 4096), (5632, 2048), (2048, 2048), (28672, 8192)] {
-            let source = random(rows_made * n_cols, 3);
-            let make = |f: f32, top: f32| {
-                let values =
-                    source.iter().enumerate().map(|(i, v)| if top > 0.0 && i % n_cols == 0 { top } else { v * f });
-                let data: Vec<u8> =
-                    values.cycle().take(n_rows * n_cols).flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect();
-                Tensor { name: "w".into(), dtype: Dtype::Bf16, shape: vec![n_rows, n_cols], data: data.into() }
-            };
-            let params = |g, t, k, w, c, bias| Params {
-                parts_per_symbol: g,
-                table_bits: t,
-                raw_bits: k,
-                part_bits: w,
-                block_cols: c,
-                bias,
-            };
-            let narrow = make(7.07, 127.0);
-            let cases = [
-                ("narrow", &narrow, Format::Int8, params(8, 10, 4, 1, 256, 0)),
-                ("narrow", &narrow, Format::Int8, params(8, 10, 4, 1, 512, 0)),
-                ("narrow", &narrow, Format::Int8, params(4, 11, 3, 3, 512, 0)),
-                ("narrow", &narrow, Format::Int8, params(8, 10, 4, 1, 128, 0)),
-                ("absmax", &make(1.0, 2.9), Format::Int8, params(4, 10, 6, 2, 512, 0)),
-                ("absmax", &make(1.0, 2.9), Format::Int8, params(8, 10, 7, 1, 512, 0)),
-                ("bf16", &make(0.02, 0.0), Format::Bf16, params(4, 12, 9, 3, 512, 108 << 7)),
-            ];
-            for (what, source, format, params) in cases {
-                if n_rows * n_cols > 1 << 25 && params.block_cols < 256 {
-                    continue;
-                }
-                let t = parse(
-                    encode_tensor(source, &EncodeOptions { format, params: Some(params), ..Default::default() })
-                        .unwrap(),
-                );
-                let copies = (300_000_000 / t.bytes().len()).clamp(2, 40);
-                let matrices: Vec<_> =
-                    (0..copies).map(|_| EncodedMatrix::new(&device, &kernels, &t).unwrap()).collect();
-                let x = stream.clone_htod(&random(16 * n_cols, 1)).unwrap();
-                let mut out: CudaSlice<f32> = stream.alloc_zeros(16 * n_rows).unwrap();
-                let mut values: CudaSlice<bf16> = stream.alloc_zeros(n_rows * n_cols).unwrap();
-                let mut codes: CudaSlice<u8> = stream.alloc_zeros(2 * n_rows * n_cols).unwrap();
-                let bits = t.bytes().len() as f64 * 8.0 / (n_rows * n_cols) as f64;
-                print!(
-                    "{n_rows:>6}x{n_cols:<5}{what:>7} g{} k{} C{:<5}{bits:6.3} bits",
-                    params.parts_per_symbol, params.raw_bits, params.block_cols
-                );
-                for work in [1, 4, 16, 0, 100] {
-                    let mut run = |matrix: &EncodedMatrix| match work {
-                        0 => kernels.decode(&device, &mut [(matrix, &mut values)]).unwrap(),
-                        100 => kernels.decode_codes(&device, &mut [(matrix, &mut codes)]).unwrap(),
-                        n => {
-                            let products = &mut [Product { matrix, bias: None, out: &mut out, adds: false }];
-                            kernels.product(&device, &mut operand, plain_input(&x, n), products).unwrap()
-                        }
-                    };
-                    run(&matrices[0]);
-                    device.synchronize().unwrap();
-                    stream
-                        .begin_capture(cudarc::driver::sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-                        .unwrap();
-                    matrices.iter().for_each(&mut run);
-                    let flags =
-                        cudarc::driver::sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-                    let graph = stream.end_capture(flags).unwrap().unwrap();
-                    graph.launch().unwrap();
-                    device.synchronize().unwrap();
-                    let start = std::time::Instant::now();
-                    let n = 5;
-                    for _ in 0..n {
-                        graph.launch().unwrap();
-                    }
-                    device.synchronize().unwrap();
-                    let us = start.elapsed().as_secs_f64() * 1e6 / (n * copies) as f64;
-                    print!(
-                        "  {}: {us:7.2} us {:5.2} T",
-                        match work {
-                            0 => "bf16".into(),
-                            100 => "codes".into(),
-                            n => format!("x{n}"),
-                        },
-                        (n_rows * n_cols) as f64 / us / 1e6
-                    );
-                }
-                println!();
-            }
         }
     }
 }

@@ -3,12 +3,15 @@
 use super::device::{Device, failed};
 use crate::error::Result;
 use cudarc::driver::sys::CUdeviceptr;
-use cudarc::driver::{CudaContext, CudaEvent, result};
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, DevicePtrMut, result};
+use rayon::prelude::*;
 use std::sync::Arc;
 
 /// Bytes that are copied to page-locked memory at a time: the disk or the page cache fills one part while the GPU takes
 /// the other.
 const PART_BYTES: usize = 16 << 20;
+/// Bytes that a thread copies of it: one thread is slower than the way to the GPU.
+const TASK_BYTES: usize = 1 << 20;
 
 /// Page-locked bytes that the GPU sees at the same address.
 pub(super) struct Pinned {
@@ -32,6 +35,11 @@ impl Pinned {
         // SAFETY: the allocation has `len` bytes.
         unsafe { data.write_bytes(0, len) };
         Ok(Self { context, data, len })
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
     }
 
     pub fn address(&self) -> CUdeviceptr {
@@ -75,6 +83,17 @@ impl Upload {
         Ok(Self { parts: [part()?, part()?], next: 0 })
     }
 
+    /// Takes `data` to memory of its own.
+    pub fn take(&mut self, device: &Device, data: &[u8]) -> Result<CudaSlice<u8>> {
+        let stream = device.stream();
+        // SAFETY: it is written as a whole before anything that is issued later.
+        let mut to = unsafe { stream.alloc::<u8>(data.len()) }.map_err(|e| device.out_of_memory(e, data.len()))?;
+        let address = to.device_ptr_mut(stream).0;
+        // SAFETY: the allocation has as many bytes.
+        unsafe { self.copy(device, data, address, data.len(), data.len())? };
+        Ok(to)
+    }
+
     /// Copies `data` to `to`, in rows of `row_bytes` that lie `stride_bytes` apart there.
     ///
     /// # Safety
@@ -90,6 +109,8 @@ impl Upload {
         let stream = device.stream();
         let rows_of_part = (PART_BYTES / stride_bytes).max(1);
         let copying = "copying weights to the GPU";
+        // Whichever thread this is.
+        stream.context().bind_to_thread().map_err(failed(copying))?;
         let (run, run_stride) = if row_bytes == stride_bytes {
             (PART_BYTES, PART_BYTES)
         } else {
@@ -100,7 +121,8 @@ impl Upload {
             self.next ^= 1;
             event.synchronize().map_err(failed(copying))?;
             let len = if row_bytes == stride_bytes {
-                pinned.bytes_mut()[..run.len()].copy_from_slice(run);
+                let tasks = pinned.bytes_mut().par_chunks_mut(TASK_BYTES).zip(run.par_chunks(TASK_BYTES));
+                tasks.for_each(|(to, from)| to[..from.len()].copy_from_slice(from));
                 run.len()
             } else {
                 let rows = pinned.bytes_mut().chunks_exact_mut(stride_bytes).zip(run.chunks_exact(row_bytes));
@@ -117,5 +139,14 @@ impl Upload {
             event.record(stream).map_err(failed(copying))?;
         }
         Ok(())
+    }
+}
+
+impl Drop for Upload {
+    /// The GPU may still read the parts.
+    fn drop(&mut self) {
+        for (pinned, event) in &self.parts {
+            pinned.context.record_err(event.synchronize());
+        }
     }
 }

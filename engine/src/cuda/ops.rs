@@ -1,12 +1,10 @@
 //! The parameters of the kernels in `engine/cuda/model.cu`, as those structures have them, and the kernels themselves.
 
+use super::code;
 use super::device::Device;
 use crate::error::Result;
 use cudarc::driver::CudaFunction;
 use cudarc::driver::sys::CUdeviceptr;
-
-/// Compiled by `scripts/build-kernels.sh`.
-const MODEL: &[u8] = include_bytes!("../../cuda/model.fatbin");
 
 /// Matrices that one launch of [`Matvec`] takes.
 pub(super) const MAX_PRODUCTS: usize = 3;
@@ -183,7 +181,7 @@ pub(super) struct Kernels {
 
 impl Kernels {
     pub fn load(device: &Device) -> Result<Self> {
-        let module = device.load(MODEL)?;
+        let module = device.load(&code::MODEL)?;
         let kernel = |name| device.kernel(&module, name, 0);
         let one = |dim: usize| device.kernel(&module, &format!("attend_one_{dim}"), one_bytes(dim));
         let matvec = |name| device.kernel(&module, name, device.shared_bytes());
