@@ -69,6 +69,18 @@ __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// A condition that is known where the code is compiled, or only at run time.
+template <bool B>
+__device__ __forceinline__ constexpr bool holds(std::bool_constant<B>) { return B; }
+__device__ __forceinline__ bool holds(bool b) { return b; }
+
+// The same value, of which the compiler does not know that: what is derived from it is computed where it is needed, rather than once before a
+// loop whose registers it would then take.
+__device__ __forceinline__ u32 again(u32 v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
 // Four columns of a lane's row. 8-bit formats: `a` has the four codes. bf16: `a` has codes 0 and 1, `b` 2 and 3.
 struct Quad {
     u32 a, b;
@@ -169,6 +181,7 @@ __device__ __noinline__ Quad assemble_any(const Matrix& m, u64 parts, const u32*
 // A warp's window on a block's stream: four chunks of 512 bytes, and the first again behind the last, so that reads that begin within the
 // ring need not wrap.
 constexpr u32 PREFETCH = 8;  // units of raw bits
+constexpr u32 EARLY_UNITS = 16, EARLY_BYTES = EARLY_UNITS * 128;  // see decode_parts
 constexpr u32 CHUNK = 512, RING = 2048, RING_BYTES = RING + CHUNK;
 
 struct Reader {
@@ -191,25 +204,37 @@ struct Reader {
         source += CHUNK, fetched += CHUNK, limit += CHUNK;
     }
 
-    // Asks for a block's first bytes.
-    __device__ __forceinline__ void open(const Matrix& m, u32 block, u32 ring_, u32 lane) {
-        const u32 first = m.offsets[block];
-        bytes = (m.offsets[block + 1] - first) * 16;
+    // Asks for the first bytes of blocks `block` to `end`, which lie one behind the other.
+    __device__ __forceinline__ void open(const Matrix& m, u32 block, u32 end, u32 ring_, u32 lane_) {
+        const u32 first = m.offsets[block], lane = again(lane_);
+        bytes = (m.offsets[end] - first) * 16;
         source = m.stream + (u64)first * 16 + lane * 16;
         fetched = lane * 16;
-        ring = limit = ring_;
+        ring = limit = again(ring_);
         for (int i = 0; i < 4; i++) fetch(lane), commit_copies();
     }
 
-    // The lanes' states, once they are there.
+    // Begins the first block, once its states are there.
     __device__ __forceinline__ void begin(const Matrix& m, u32 lane) {
         to_top = 32 - m.table_bits, state_mask = ~0u << to_top, refill_at = 1u << to_top;
         lanes_below = (1u << lane) - 1;
         wait_copies<3>();
         __syncwarp();
-        x = shared_u16(ring + 2 * lane) << 16;
+        next = ring;
+        begin_states(lane);
+    }
+
+    // Begins the block behind the one that was decoded, at the next 16 bytes.
+    __device__ __forceinline__ void begin_next(u32 lane) {
+        next = (next + 15) & ~15u;
+        refresh(lane);
+        begin_states(lane);
+    }
+
+    __device__ __forceinline__ void begin_states(u32 lane) {
+        x = shared_u16(next + 2 * lane) << 16;
         scale = 1 << 16;
-        next = ring + 64;
+        next += 64;
     }
 
     // To be called before every eighth step at the latest, for eight take no more than a chunk. At most two chunks are on their
@@ -248,13 +273,14 @@ struct Reader {
 
 // Brings a block's first raw bits as near as the L2 cache.
 __device__ __forceinline__ void prefetch_raw(const Matrix& m, u32 i, u32 j, u32 lane) {
-    const u32 units = m.block_cols / 32, first = j * units, lines = min(min(units, PREFETCH), m.n_units - first) * m.raw_bits;
+    const u32 units = m.block_cols / 32, first = j * units, lines = min(min(units, EARLY_UNITS), m.n_units - first) * m.raw_bits;
     const u32* raw = m.raw + (u64)(i * m.n_units + first) * m.raw_bits * 32;
     for (u32 l = lane; l < lines; l += 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(raw + l * 32));
 }
 
 // The same for all that a block begins with.
-__device__ __forceinline__ void prefetch_block(const Matrix& m, u32 i, u32 j, u32 lane) {
+__device__ __forceinline__ void prefetch_block(const Matrix& m, u32 i, u32 j, u32 lane_) {
+    const u32 lane = again(lane_);
     const u32* offset = m.offsets + i * m.n_col_blocks + j;
     const u8* stream = m.stream + (u64)offset[0] * 16 + lane * 64;
     if (lane * 4 < offset[1] - offset[0]) asm volatile("prefetch.global.L2 [%0];" ::"l"(stream));
@@ -267,72 +293,144 @@ __device__ __forceinline__ void load_table(const Matrix& m, uint2* table) {
     for (u32 i = threadIdx.x; i < 1u << m.table_bits; i += blockDim.x) table[i] = m.table[i];
 }
 
-// Decodes block (i, j), which `reader` has opened, and calls sink.quad(unit, q, quad) for all its quads (those of a last, partial unit included), and
-// sink.end_unit(unit) after each unit of 32 columns.
+// Units of raw bits before a block, of all blocks row by row.
+__device__ __forceinline__ u32 units_before(const Matrix& m, u32 block) {
+    return block / m.n_col_blocks * m.n_units + min(block % m.n_col_blocks * (m.block_cols / 32), m.n_units);
+}
+
+// Decodes the blocks from `block` to `end`, which `reader` has opened, and calls sink.quad(unit, q, quad, whole) for all their quads (those of a
+// last, partial unit included, which is not whole), sink.end_unit(unit) after each unit of 32 columns, and begin_block(i, j) and end_block() around
+// each block.
 template <int FORMAT, class C, class Sink>
-__device__ __forceinline__ void decode_block(const Matrix& m, Reader& reader, u32 table, u32 lane, u32 i, u32 j, Sink& sink) {
-    reader.begin(m, lane);
-    const u32 first_unit = j * (m.block_cols / 32);
-    const u32 units = min(m.block_cols / 32, m.n_units - first_unit);
+__device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u32 table, u32 lane, u32 block, u32 end, Sink& sink) {
+    const u32 units_per_block = m.block_cols / 32;
+    u32 i = block / m.n_col_blocks, j = block % m.n_col_blocks, n_blocks = end - block;
+    const u32 first_unit = units_before(m, block);
+    u32 rest = units_before(m, end) - first_unit;  // units that are left
     const u32 k = C::FIXED ? (u32)C::K : m.raw_bits;
-    const u32* raw_next = m.raw + (u64)(i * m.n_units + first_unit) * k * 32 + lane;
+    const u32* raw_next = m.raw + (u64)first_unit * k * 32 + lane;
+    u32 raw[C::N_RAW], ahead[C::N_RAW];
     if constexpr (C::FIXED) {
-        u32 raw[C::N_RAW], ahead[C::N_RAW];
 #pragma unroll
         for (int b = 0; b < C::K; b++) ahead[b] = __ldcs(raw_next + 32 * b);
-        constexpr int STEPS = 32 / C::G;
-#pragma unroll (C::G == 8 ? 2 : 1)
-        for (u32 u = 0; u < units; u++) {
-#pragma unroll
-            for (int b = 0; b < C::K; b++) raw[b] = ahead[b];
-            raw_next += 32 * C::K;
-            // The load a unit ahead does not cover device memory's latency.
-            if (lane < C::K && u + PREFETCH < units) {
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(raw_next + (PREFETCH - 1) * 32 * C::K + 31 * lane));
-            }
-            if (u + 1 < units) {
-#pragma unroll
-                for (int b = 0; b < C::K; b++) ahead[b] = __ldcs(raw_next + 32 * b);
-            }
-            if (STEPS >= 8 || u % 2 == 0) reader.refresh(lane);
-            u32 y[STEPS];
-            sink.begin_unit(u);
-#pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                if (s > 0 && s % 8 == 0) reader.refresh(lane);
-                y[s] = reader.step(table);
-                if (C::G == 8) {
-                    sink.quad(u, 2 * s, C::assemble(y, raw, 2 * s));
-                    sink.quad(u, 2 * s + 1, C::assemble(y, raw, 2 * s + 1));
-                } else if ((s + 1) * C::G % 4 == 0) {
-                    sink.quad(u, s * C::G / 4, C::assemble(y, raw, s * C::G / 4));
-                }
-            }
-            sink.end_unit(u);
-        }
-    } else {
-        const u32 g = m.parts_per_symbol, w = m.part_bits;
-        u64 parts = 0;
-        u32 have = 0, since_refresh = 8;
+    }
+    reader.begin(m, lane);
 #pragma unroll 1
-        for (u32 u = 0; u < units; u++) {
-            sink.begin_unit(u);
-            Quad quads[8];
+    for (;;) {
+        const u32 before = j * units_per_block, units = min(units_per_block, m.n_units - before), n_whole = min(units, m.n_cols / 32 - before);
+        sink.begin_block(i, j);
+        if constexpr (C::FIXED) {
+            constexpr int STEPS = 32 / C::G;
+            auto unit = [&](u32 u, auto whole) {
 #pragma unroll
-            for (int q = 0; q < 8; q++) {
-                while (have < 4) {
-                    if (since_refresh == 8) reader.refresh(lane), since_refresh = 0;
-                    parts |= (u64)reader.step(table) << (w * have);
-                    have += g, since_refresh++;
+                for (int b = 0; b < C::K; b++) raw[b] = ahead[b];
+                raw_next += 32 * C::K;
+                // The load a unit ahead does not cover device memory's latency.
+                if (lane < C::K && u + PREFETCH < rest) {
+                    asm volatile("prefetch.global.L2 [%0];" ::"l"(raw_next + (PREFETCH - 1) * 32 * C::K + 31 * lane));
                 }
-                quads[q] = assemble_any<FORMAT>(m, parts, raw_next, q);
-                parts >>= 4 * w, have -= 4;
-                sink.quad(u, q, quads[q]);
+                if (u + 1 < rest) {
+#pragma unroll
+                    for (int b = 0; b < C::K; b++) ahead[b] = __ldcs(raw_next + 32 * b);
+                }
+                if (STEPS >= 8 || u % 2 == 0) reader.refresh(lane);
+                u32 y[STEPS];
+#pragma unroll
+                for (int s = 0; s < STEPS; s++) {
+                    if (s > 0 && s % 8 == 0) reader.refresh(lane);
+                    y[s] = reader.step(table);
+                    if (C::G == 8) {
+                        sink.quad(u, 2 * s, C::assemble(y, raw, 2 * s), whole);
+                        sink.quad(u, 2 * s + 1, C::assemble(y, raw, 2 * s + 1), whole);
+                    } else if ((s + 1) * C::G % 4 == 0) {
+                        sink.quad(u, s * C::G / 4, C::assemble(y, raw, s * C::G / 4), whole);
+                    }
+                }
+                sink.end_unit(u);
+            };
+            // What takes codes as they are can take those behind the last column, too: the activations there are zeros.
+            const u32 stop = Sink::MASKS ? n_whole : units;
+#pragma unroll (C::G == 8 ? 2 : 1)
+            for (u32 u = 0; u < stop; u++) unit(u, std::true_type());
+            if (Sink::MASKS && stop < units) unit(stop, std::false_type());
+        } else {
+            const u32 g = m.parts_per_symbol, w = m.part_bits;
+            u64 parts = 0;
+            u32 have = 0, since_refresh = 8;
+#pragma unroll 1
+            for (u32 u = 0; u < units; u++) {
+                Quad quads[8];
+#pragma unroll
+                for (int q = 0; q < 8; q++) {
+                    while (have < 4) {
+                        if (since_refresh == 8) reader.refresh(lane), since_refresh = 0;
+                        parts |= (u64)reader.step(table) << (w * have);
+                        have += g, since_refresh++;
+                    }
+                    quads[q] = assemble_any<FORMAT>(m, parts, raw_next, q);
+                    parts >>= 4 * w, have -= 4;
+                    sink.quad(u, q, quads[q], u < n_whole);
+                }
+                raw_next += 32 * k;
+                sink.end_unit(u);
             }
-            raw_next += 32 * k;
-            sink.end_unit(u);
         }
+        sink.end_block();
+        if (--n_blocks == 0) break;
+        rest -= units;
+        if (++j == m.n_col_blocks) j = 0, i++;
+        reader.begin_next(lane);
     }
     wait_copies<0>();
     __syncwarp();
+}
+
+// The same in two parts, for codes with parts of one bit, eight a symbol: what depends on the stream, before the activations are known, and what depends on
+// them. Between them the parts of a unit stand in `parts`, a word a lane, those of step s at bits 2s (second quad) and 2s + 1 (first) of its bytes.
+__device__ __forceinline__ void decode_parts(const Matrix& m, Reader& reader, u32 table, u32 lane, u32 units, u32 parts) {
+    reader.begin(m, lane);
+    const u32 place = m.raw_bits - 2;
+#pragma unroll 2
+    for (u32 u = 0; u < units; u++) {
+        if (u % 2 == 0) reader.refresh(lane);
+        u32 word = 0;
+#pragma unroll
+        for (int s = 0; s < 4; s++) word += (reader.step(table) >> place) * (1u << (2 * s));
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(parts + u * 128 + lane * 4), "r"(word) : "memory");
+    }
+    wait_copies<0>();
+    __syncwarp();
+}
+
+template <class C, class Sink>
+__device__ __forceinline__ void finish_parts(const Matrix& m, u32 parts, u32 lane, u32 i, u32 j, Sink& sink) {
+    if constexpr (C::G == 8 && C::FIXED) {
+        constexpr int AHEAD = C::K < 5 ? 3 : 2;  // units of raw bits on their way
+        const u32 first_unit = j * (m.block_cols / 32);
+        const u32 units = min(m.block_cols / 32, m.n_units - first_unit);
+        const u32* from = m.raw + (u64)(i * m.n_units + first_unit) * C::K * 32 + lane;
+        u32 raw[AHEAD][C::N_RAW];
+        auto load = [&](u32 u, u32 (&to)[C::N_RAW]) {
+#pragma unroll
+            for (int b = 0; b < C::K; b++) to[b] = u < units ? __ldcs(from + (u * C::K + b) * 32) : 0;
+        };
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) load(a, raw[a]);
+        for (u32 first = 0; first < units; first += AHEAD) {
+#pragma unroll
+            for (int a = 0; a < AHEAD; a++) {
+                const u32 u = first + a;
+                if (u >= units) break;
+                u32 word, y[4];
+                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(parts + u * 128 + lane * 4));
+#pragma unroll
+                for (int s = 0; s < 4; s++) y[s] = shift(word, C::K - 2 - 2 * s);
+#pragma unroll
+                for (int q = 0; q < 8; q++) sink.quad(u, q, C::assemble(y, raw[a], q), std::true_type());
+                sink.end_unit(u);
+                load(u + AHEAD, raw[a]);
+            }
+        }
+        __syncwarp();
+    }
 }

@@ -17,7 +17,8 @@ struct Task {
     u32 first_cta, n_ctas;
     u32 strip;          // blocks of a row that a warp takes at once
     u32 n_strips;
-    u32 span;           // strips, of whole row blocks, that a thread block takes at once, a warp each; 0: it takes any
+    u32 span;           // n_strips where each thread block takes one row block, a warp a strip of one block; 0: warps take any strips
+    u32 early;          // with a span: the codes are decoded before the activations are known
     u32 codec;          // G and K, or 0 for any: see with_codec
     u32 adds;           // the product is added to what `out` holds
 };
@@ -263,6 +264,7 @@ struct Input {
 template <int FORMAT, bool VALUES>
 struct DenseSink {
     static constexpr int ELEMENT = VALUES || FORMAT == BF16 ? 2 : 1, UNIT = 32 * ELEMENT, TILE_BYTES = 4096;
+    static constexpr bool MASKS = false;
     const Matrix& m;
     u8* out;
     Tile<128> tile;
@@ -271,22 +273,21 @@ struct DenseSink {
     float scale;
     u32 held[8 * ELEMENT];
 
-    __device__ __forceinline__ DenseSink(const Launch&, const Task& task, u32 scratch, u32 lane)
-        : m(task.matrix), out((u8*)task.out), tile{scratch}, lane(lane) {}
-    __device__ __forceinline__ void prepare(const Launch&, u8*) {}
-    __device__ __forceinline__ void begin_strip(u32 i_) { i = i_, scale = VALUES && i * 32 + lane < m.n_rows ? scale_of<FORMAT>(m, i * 32 + lane) : 0; }
-    __device__ __forceinline__ void begin_block(u32 j) {
+    __device__ __forceinline__ DenseSink(const Task& task, u32 scratch, u32 lane) : m(task.matrix), out((u8*)task.out), tile{scratch}, lane(lane) {}
+    __device__ __forceinline__ void begin_block(u32 i_, u32 j) {
+        i = i_, scale = VALUES && i * 32 + lane < m.n_rows ? scale_of<FORMAT>(m, i * 32 + lane) : 0;
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
         patches.begin(m, i * m.n_col_blocks + j);
     }
-    __device__ __forceinline__ void begin_unit(u32) {}
-    __device__ __forceinline__ void quad(u32, int q, Quad quad) {
+    template <class W>
+    __device__ __forceinline__ void quad(u32, int q, Quad quad, W) {
         if (VALUES) quad = to_bf16<FORMAT>(quad, scale);
         held[q * ELEMENT] = quad.a;
         if constexpr (ELEMENT == 2) held[q * 2 + 1] = quad.b;
     }
     __device__ __forceinline__ void end_unit(u32 u) {
         constexpr u32 PER_TILE = 128 / UNIT;
+        const u32 lane = again(this->lane);
         const u32 byte = u % PER_TILE * UNIT;
 #pragma unroll
         for (int c = 0; c < 2 * ELEMENT; c++) tile.store(lane, byte + 16 * c, held[4 * c], held[4 * c + 1], held[4 * c + 2], held[4 * c + 3]);
@@ -326,25 +327,25 @@ struct DenseSink {
         __syncwarp();
     }
     __device__ __forceinline__ void end_block() {}
-    __device__ __forceinline__ void end_strip(const Task&, const Launch&, u32) {}
 };
 
 // One row of the row block, as f32, to a token's place.
 template <int FORMAT>
 struct GatherSink {
     static constexpr int TILE_BYTES = 0;
+    static constexpr bool MASKS = false;
     const Matrix& m;
     float* out;  // [n_cols]
     Patches patches;
     u32 lane, i, row, first_col;
     float scale;
 
-    __device__ __forceinline__ void begin_block(u32 j) {
+    __device__ __forceinline__ void begin_block(u32, u32 j) {
         first_col = j * m.block_cols;
         patches.begin(m, i * m.n_col_blocks + j);
     }
-    __device__ __forceinline__ void begin_unit(u32) {}
-    __device__ __forceinline__ void quad(u32 u, int q, Quad quad) {
+    template <class W>
+    __device__ __forceinline__ void quad(u32 u, int q, Quad quad, W) {
         if (lane != row) return;
 #pragma unroll
         for (int c = 0; c < 4; c++) {
@@ -420,40 +421,62 @@ __device__ __noinline__ void finish_rows(const Task& own, const Launch& launch, 
     }
 }
 
-// Adds up one token's parts of the warps that share a row block; true in the first of these, which then has their sum.
+// Adds up one token's parts of the warps of a thread block that has one row block; true in the first of them, which then has their sum.
 // `tile` is the warp's place in shared memory, the others' are `stride` apart.
 template <class T>
-__device__ __forceinline__ bool share_rows(const Task& task, T& sum, u32 tile, u32 stride, u32 lane) {
-    const u32 in_row = threadIdx.x / 32 % task.n_strips, barrier = 1 + threadIdx.x / 32 / task.n_strips, threads = task.n_strips * 32;
+__device__ __forceinline__ bool share_rows(const Task& task, T& sum, u32 tile, u32 stride, u32 lane_) {
+    const u32 lane = again(lane_);
     asm volatile("st.shared.u64 [%0], %1;" ::"r"(tile + 8 * lane), "l"(*(u64*)&sum) : "memory");
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-    if (in_row == 0) {
-        for (u32 s = 1; s < task.n_strips; s++) {
-            u64 part;
-            asm volatile("ld.shared.u64 %0, [%1];" : "=l"(part) : "r"(tile + s * stride + 8 * lane) : "memory");
-            sum += *(T*)&part;
-        }
+    asm volatile("bar.sync 1, %0;" ::"r"(task.n_strips * 32) : "memory");
+    if (threadIdx.x >= 32) return false;
+    for (u32 s = 1; s < task.n_strips; s++) {
+        u64 part;
+        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(part) : "r"(tile + s * stride + 8 * lane) : "memory");
+        sum += *(T*)&part;
     }
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-    return in_row == 0;
+    return true;
 }
 
-// One token. int8: exact, x in two signed bytes (base 255). Others: float32, four sums a row, one for each column modulo 4.
+__device__ __forceinline__ void mma(i32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// One token. int8: exact, x in two signed bytes (base 255). fp8: float32, four sums a row, one for each column modulo 4. bf16: on the tensor
+// cores, x as the sum of two bf16 numbers; the rows beside one that has a weight which is no number get none either.
+//
+// There a lane's columns, which are all of its own row, stand where the operand has four rows' (row g = lane / 4, columns of t = lane % 4): so
+// the activations are, in column n of the other operand, those of the lanes with t = n % 4 and zeros for the others, and the products of the
+// lane's row come out in column t (of its first four columns) and in column t + 4 of row g + 8 (of the next four).
 template <int FORMAT>
 struct DotSink {
-    static constexpr int TILE_BYTES = 256;
+    static constexpr int TILE_BYTES = FORMAT == INT8 ? EARLY_BYTES : 256;
+    static constexpr bool MASKS = FORMAT != INT8, EARLY = FORMAT == INT8;
     const Matrix& m;
-    const u8* x;  // shared, the columns four by four. int8: high 4, low 4; others: f32. Behind them, what a sum is worth (double)
+    // Shared, the columns four by four. int8: high 4, low 4; fp8: f32; bf16: high 4, low 4. Behind them, what a sum is worth (double); at 16
+    // bytes from there, 128 bytes of zeros.
+    const u8* x;
     Patches patches;
     u32 scratch, lane, i, first_col, n_cols;
     i32 high = 0, low = 0;
     float sums[4] = {};
+    double total = 0;   // bf16: of the blocks before
     const uint4* x_next;  // the unit's
-    uint4 xs[4];
-    bool whole;  // the unit's columns are all the matrix's
+    uint4 pair;           // int8: of two quads
+    Quad even;
 
     __device__ __forceinline__ DotSink(const Launch&, const Task& task, u32 scratch, u32 lane)
         : m(task.matrix), scratch(scratch), lane(lane) {}
+    // What comes from device memory and depends on no other kernel.
+    __device__ __forceinline__ void look_ahead(const Launch& launch) {
+        for (u32 c = threadIdx.x * 32; launch.norm && c < m.n_cols; c += blockDim.x * 32) {
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(launch.norm + c));
+        }
+    }
     // `shared` has room for the activations. All threads call it.
     __device__ __forceinline__ void prepare(const Launch& launch, u8* shared) {
         x = shared;
@@ -464,6 +487,13 @@ struct DotSink {
                 const Fixed a(v.x, ratio), b(v.y, ratio), c(v.z, ratio), d(v.w, ratio);
                 auto pack = [](i32 a, i32 b, i32 c, i32 d) { return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410); };
                 ((uint2*)shared)[i] = {pack(a.high, b.high, c.high, d.high), pack(a.low, b.low, c.low, d.low)};
+            } else if constexpr (FORMAT == BF16) {
+                auto pack = [](float a, float b) {
+                    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+                    return *(const u32*)&pair;
+                };
+                auto rest = [](float v) { return v - __bfloat162float(__float2bfloat16_rn(v)); };
+                ((uint4*)shared)[i] = {pack(v.x, v.y), pack(v.z, v.w), pack(rest(v.x), rest(v.y)), pack(rest(v.z), rest(v.w))};
             } else {
                 ((float4*)shared)[i] = v;
             }
@@ -471,47 +501,67 @@ struct DotSink {
         double unit = input.factor(launch.eps);
         if (FORMAT == INT8) unit *= fixed_unit(ratio, input.finite);
         *(double*)unit_at() = unit;
+        if (FORMAT == BF16 && threadIdx.x < 8) ((uint4*)(unit_at() + 16))[threadIdx.x] = {};
     }
     __device__ __forceinline__ const u8* unit_at() const { return x + (m.n_cols + 31) / 32 * (FORMAT == INT8 ? 64 : 128); }
+    __device__ __forceinline__ bool reads_x() const { return lane / 4 % 4 == lane % 4; }
     __device__ __forceinline__ void begin_strip(u32 i_) {
-        i = i_, high = low = 0;
+        i = i_, high = low = 0, total = 0;
         for (int c = 0; c < 4; c++) sums[c] = 0;
         // They are needed at the end.
         if (lane == 0 && m.scale_kind > 1) asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)m.scales + (m.scale_kind == 2 ? 128 : 64) * (u64)i));
     }
-    __device__ __forceinline__ void begin_block(u32 j) {
+    __device__ __forceinline__ void begin_block(u32, u32 j) {
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
         x_next = (const uint4*)x + first_col / (FORMAT == INT8 ? 8 : 4);
+        if (FORMAT == BF16) x_next = reads_x() ? x_next + lane / 16 : (const uint4*)(unit_at() + 16);
         patches.begin(m, i * m.n_col_blocks + j);
     }
-    __device__ __forceinline__ void begin_unit(u32 u) {
-        whole = (u + 1) * 32 <= n_cols;
+    template <class W>
+    __device__ __forceinline__ void quad(u32 u, int q, Quad quad, W whole) {
+        if (MASKS && !holds(whole)) quad = first_columns<FORMAT == BF16 ? 2 : 1>(quad, (i32)n_cols - (i32)(u * 32 + q * 4));
         if constexpr (FORMAT == INT8) {
-#pragma unroll
-            for (int c = 0; c < 4; c++) xs[c] = x_next[c];
-            x_next += 4;
-        }
-    }
-    __device__ __forceinline__ void quad(u32 u, int q, Quad quad) {
-        if constexpr (FORMAT == INT8) {
-            const uint4 v = xs[q / 2];
-            high = __dp4a((i32)quad.a, (i32)(q & 1 ? v.z : v.x), high);
-            low = __dp4a((i32)quad.a, (i32)(q & 1 ? v.w : v.y), low);
+            if (q % 2 == 0) pair = x_next[q / 2];
+            high = __dp4a((i32)quad.a, (i32)(q & 1 ? pair.z : pair.x), high);
+            low = __dp4a((i32)quad.a, (i32)(q & 1 ? pair.w : pair.y), low);
+        } else if constexpr (FORMAT == BF16) {
+            if (q % 2 == 0) {
+                even = quad;
+            } else {
+                const uint4 v = x_next[q / 2 * 2];
+                const u32 a[4] = {even.a, quad.a, even.b, quad.b};
+                mma(sums, a, v.x, v.y);
+                mma(sums, a, v.z, v.w);
+            }
         } else {
             const float4 v = ((const float4*)x_next)[u * 8 + q];
-            if (!whole) quad = first_columns<FORMAT == BF16 ? 2 : 1>(quad, (i32)n_cols - (i32)(u * 32 + q * 4));
             sums[0] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 0)), v.x, sums[0]);
             sums[1] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 1)), v.y, sums[1]);
             sums[2] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 2)), v.z, sums[2]);
             sums[3] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 3)), v.w, sums[3]);
         }
     }
-    __device__ __forceinline__ void end_unit(u32) {}
+    __device__ __forceinline__ void end_unit(u32) {
+        if (FORMAT == INT8) x_next += 4;
+        if (FORMAT == BF16 && reads_x()) x_next += 8;
+    }
     __device__ __forceinline__ void end_block() {
+        if constexpr (FORMAT == BF16) {
+            // From where the products stand to the lanes of their rows.
+            float y[2];
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                y[c] = lane & 2 ? sums[2 + c] : sums[c];
+                y[c] += __shfl_xor_sync(FULL, y[c], 2);
+                y[c] = __shfl_sync(FULL, y[c], (lane & 28) | lane >> 1 & 1);
+            }
+            total += lane & 1 ? y[1] : y[0];
+            for (int c = 0; c < 4; c++) sums[c] = 0;
+        }
         if (patches.next == patches.end) return;
         if constexpr (FORMAT == INT8) {
             // The sums are exact, so that the order does not matter.
-            const u32 at = scratch + 8 * lane;
+            const u32 at = again(scratch) + 8 * again(lane);
             asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(high), "r"(low) : "memory");
             __syncwarp();
             patches.until(~0u, lane, [&](u32 row, u32 col, u32 code) {
@@ -525,19 +575,28 @@ struct DotSink {
             asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(high), "=r"(low) : "r"(at) : "memory");
             __syncwarp();
         } else {
-            for (; patches.next < patches.end; patches.next++) {
-                const u32 patch = __ldg(patches.list + patches.next);
+            // A lane loads one of 32; each lane takes its row's, in their order.
+            for (u32 at = 0, own; patches.next < patches.end; patches.next++, at++) {
+                if (at % 32 == 0) own = patches.next + lane < patches.end ? __ldg(patches.list + patches.next + lane) : 0;
+                const u32 patch = __shfl_sync(FULL, own, at % 32);
                 if ((patch >> 16 & 31) != lane) continue;
-                const float v = ((const float*)x)[first_col + (patch >> 21)];
-                sums[0] = fmaf(value_of<FORMAT>(patch & 0xffff), v, sums[0]);
-                sums[0] = fmaf(-value_of<FORMAT>(m.filler), v, sums[0]);
+                const u32 c = first_col + (patch >> 21);
+                float v;
+                if constexpr (FORMAT == BF16) {
+                    const __nv_bfloat16* pair = (const __nv_bfloat16*)x + c / 4 * 8 + c % 4;
+                    v = __bfloat162float(pair[0]) + __bfloat162float(pair[4]);
+                } else {
+                    v = ((const float*)x)[c];
+                }
+                total += (double)value_of<FORMAT>(patch & 0xffff) * v;
+                total -= (double)value_of<FORMAT>(m.filler) * v;
             }
         }
     }
     __device__ __forceinline__ void end_strip(const Task& task, const Launch& launch, u32 strip) {
         typename std::conditional<FORMAT == INT8, i64, double>::type sum;
         if constexpr (FORMAT == INT8) sum = 255 * (i64)high + low;
-        else sum = (double)sums[0] + sums[1] + ((double)sums[2] + sums[3]);
+        else sum = total + ((double)sums[0] + sums[1] + ((double)sums[2] + sums[3]));
         if (task.span) {
             if (!share_rows(task, sum, scratch, RING_BYTES + TILE_BYTES, lane)) return;
             const u32 row = i * 32 + lane;
@@ -559,6 +618,7 @@ struct DotSink {
 template <int FORMAT, int TILES>
 struct MmaSink {
     static constexpr int ELEMENT = FORMAT == INT8 ? 1 : 2, TILE_BYTES = 1024 * ELEMENT;
+    static constexpr bool MASKS = FORMAT != INT8, EARLY = false;
     using Sum = typename std::conditional<FORMAT == INT8, i32, float>::type;
     const Matrix& m;
     const uint4* x;
@@ -572,6 +632,7 @@ struct MmaSink {
 
     __device__ __forceinline__ MmaSink(const Launch& launch, const Task& task, u32 scratch, u32 lane)
         : m(task.matrix), x((const uint4*)launch.x), tile{scratch}, lane(lane) {}
+    __device__ __forceinline__ void look_ahead(const Launch&) {}
     __device__ __forceinline__ void prepare(const Launch&, u8*) {}
     __device__ __forceinline__ void begin_strip(u32 i_) {
         i = i_;
@@ -579,11 +640,11 @@ struct MmaSink {
 #pragma unroll
         for (int s = 0; s < (int)(sizeof sums / sizeof(Sum)); s++) all[s] = 0;
     }
-    __device__ __forceinline__ void begin_block(u32 j) {
+    __device__ __forceinline__ void begin_block(u32, u32 j) {
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
         patches.begin(m, i * m.n_col_blocks + j);
     }
-    __device__ __forceinline__ void begin_unit(u32 u) {
+    __device__ __forceinline__ void load_x(u32 u) {
         const uint4* from = x + (u64)(first_col / 32 + u) * TILES * ELEMENT * 32 + lane;
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
@@ -591,9 +652,11 @@ struct MmaSink {
             for (int k = 0; k < ELEMENT; k++) xs[t][k] = __ldg(from + (t * ELEMENT + k) * 32);
         }
     }
-    __device__ __forceinline__ void quad(u32 u, int q, Quad quad) {
+    template <class W>
+    __device__ __forceinline__ void quad(u32 u, int q, Quad quad, W whole) {
+        if (q == 0) load_x(u);
         if (FORMAT == FP8) quad = to_bf16<FP8>(quad, 1);
-        if (FORMAT != INT8 && (u + 1) * 32 > n_cols) quad = first_columns<2>(quad, (i32)n_cols - (i32)(u * 32 + q * 4));
+        if (MASKS && !holds(whole)) quad = first_columns<2>(quad, (i32)n_cols - (i32)(u * 32 + q * 4));
         held[q * ELEMENT] = quad.a;
         if constexpr (ELEMENT == 2) held[q * 2 + 1] = quad.b;
     }
@@ -633,14 +696,6 @@ struct MmaSink {
         }
         __syncwarp();
     }
-    static __device__ __forceinline__ void mma(i32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-    static __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
     __device__ __forceinline__ void end_block() {}
     __device__ __forceinline__ void end_strip(const Task& task, const Launch& launch, u32 strip) {
         u64* to = task.partials + (u64)(i * task.n_strips + strip) * launch.n_tokens * 32;
@@ -676,6 +731,30 @@ __device__ __forceinline__ u32 warp_memory(const Matrix& m, u32 tile_bytes) {
     return (u32)__cvta_generic_to_shared(shared_memory) + (8 << m.table_bits) + threadIdx.x / 32 * (RING_BYTES + tile_bytes);
 }
 
+// Every warp decodes its share of a matrix's blocks, one behind the other.
+template <int FORMAT, class Sink, class With>
+__device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
+    const Task& task = find_task(launch);
+    const Matrix& m = task.matrix;
+    const u32 lane = threadIdx.x % 32, n_warps = blockDim.x / 32, n_shares = task.n_ctas * n_warps;
+    const u32 share = (blockIdx.x - task.first_cta) * n_warps + threadIdx.x / 32;
+    const u64 n_blocks = (m.n_rows + 31) / 32 * m.n_col_blocks;
+    const u32 first = n_blocks * share / n_shares, end = n_blocks * (share + 1) / n_shares;
+    const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, Sink::TILE_BYTES);
+    Reader reader;
+    if (first < end) {
+        reader.open(m, first, end, ring, lane);
+        prefetch_raw(m, first / m.n_col_blocks, first % m.n_col_blocks, lane);
+    }
+    load_table(m, (uint2*)shared_memory);
+    wait_for_previous();
+    start_next();
+    __syncthreads();
+    if (first == end) return;
+    Sink sink(task, ring + RING_BYTES, lane);
+    with(task.codec, [&](auto codec) { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, first, end, sink); });
+}
+
 // `with` is with_codec or its like.
 template <int FORMAT, class Sink, class With>
 __device__ __forceinline__ void go_over_strips(const Launch& launch, With with) {
@@ -686,40 +765,50 @@ __device__ __forceinline__ void go_over_strips(const Launch& launch, With with) 
     // The warps past `span` only help with what comes first.
     const u32 n_items = task.span && warp >= task.span ? 0 : n_all;
     const u32 first = task.span ? cta * task.span + warp : warp * task.n_ctas + cta;
-    const u32 step = task.n_ctas * (task.span ? task.span : n_warps);
+    const u32 step = task.span ? n_all : task.n_ctas * n_warps;
     const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, Sink::TILE_BYTES);
     // What depends on no other kernel: the first block's bytes, and the table.
     Reader reader;
+    auto open = [&](u32 item) {
+        const u32 i = item / task.n_strips, j = item % task.n_strips * task.strip, end = min(j + task.strip, m.n_col_blocks);
+        reader.open(m, i * m.n_col_blocks + j, i * m.n_col_blocks + end, ring, lane);
+    };
     if (first < n_items) {
-        const u32 i = first / task.n_strips, j = first % task.n_strips * task.strip;
-        reader.open(m, i * m.n_col_blocks + j, ring, lane);
-        prefetch_raw(m, i, j, lane);
+        open(first);
+        prefetch_raw(m, first / task.n_strips, first % task.n_strips * task.strip, lane);
     }
     load_table(m, (uint2*)shared_memory);
     Sink sink(launch, task, ring + RING_BYTES, lane);
+    sink.look_ahead(launch);
+    // While the kernel before this one is at work.
+    const bool early = Sink::EARLY && task.early;
+    if (early) {
+        __syncthreads();
+        if (first < n_items) {
+            const u32 units = m.block_cols / 32;
+            decode_parts(m, reader, table, lane, min(units, m.n_units - first % task.n_strips * units), ring + RING_BYTES);
+        }
+    }
     wait_for_previous();
     // Not before: of three kernels on the way at once, some multiprocessors would get several thread blocks, others none.
     start_next();
     sink.prepare(launch, shared_memory + (8 << m.table_bits) + n_warps * (RING_BYTES + Sink::TILE_BYTES));
     __syncthreads();
     with(task.codec, [&](auto codec) {
+#pragma unroll 1
         for (u32 item = first; item < n_items;) {
-            u32 i = item / task.n_strips, strip = item % task.n_strips, j = strip * task.strip;
-            const u32 end = min(j + task.strip, m.n_col_blocks);
+            const u32 i = item / task.n_strips, strip = item % task.n_strips, j = strip * task.strip;
+            item += step;
             sink.begin_strip(i);
-            for (;;) {
-                // The block after this one.
-                u32 next_i = i, next_j = j + 1;
-                if (next_j == end) {
-                    item += step;
-                    next_i = item / task.n_strips, next_j = item % task.n_strips * task.strip;
-                }
-                if (item < n_items) prefetch_block(m, next_i, next_j, lane);
-                sink.begin_block(j);
-                decode_block<FORMAT, decltype(codec)>(m, reader, table, lane, i, j, sink);
-                if (item < n_items) reader.open(m, next_i * m.n_col_blocks + next_j, ring, lane);
+            if (early) {
+                sink.begin_block(i, j);
+                finish_parts<decltype(codec)>(m, ring + RING_BYTES, lane, i, j, sink);
                 sink.end_block();
-                if (++j == end) break;
+            } else {
+                if (item < n_items) prefetch_block(m, item / task.n_strips, item % task.n_strips * task.strip, lane);
+                const u32 row = i * m.n_col_blocks, end = min(j + task.strip, m.n_col_blocks);
+                decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, row + j, row + end, sink);
+                if (item < n_items) open(item);
             }
             sink.end_strip(task, launch, strip);
         }
@@ -740,11 +829,10 @@ __device__ __forceinline__ void gather(const Launch& launch, With with) {
     const u32 table = (u32)__cvta_generic_to_shared(shared_memory);
     float* out = (float*)task.out + (u64)blockIdx.y * m.n_cols;
     Reader reader;
-    reader.open(m, token / 32 * m.n_col_blocks + blockIdx.x, warp_memory(m, 0), lane);
+    const u32 block = token / 32 * m.n_col_blocks + blockIdx.x;
+    reader.open(m, block, block + 1, warp_memory(m, 0), lane);
     GatherSink<FORMAT> sink{m, out, {}, lane, token / 32, token % 32, 0, scale_of<FORMAT>(m, token)};
-    sink.begin_block(blockIdx.x);
-    with(task.codec, [&](auto codec) { decode_block<FORMAT, decltype(codec)>(m, reader, table, lane, token / 32, blockIdx.x, sink); });
-    sink.end_block();
+    with(task.codec, [&](auto codec) { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, block, block + 1, sink); });
 }
 
 // Calls f with the codec that has these parts a symbol and raw bits: what the encoder chooses. Others (0) have kernels of their
@@ -774,8 +862,8 @@ __device__ __forceinline__ void with_codec(u32 codec, F f) {
         __VA_ARGS__(l, [](u32, auto f) { f(Codec<FORMAT, ANY, ANY>()); });                                  \
     }
 #define KERNELS(FORMAT, name)                                                                    \
-    KERNEL(1024, decode_codes_##name, FORMAT, go_over_strips<FORMAT, DenseSink<FORMAT, false>>)  \
-    KERNEL(1024, decode_values_##name, FORMAT, go_over_strips<FORMAT, DenseSink<FORMAT, true>>)  \
+    KERNEL(1024, decode_codes_##name, FORMAT, decode_shares<FORMAT, DenseSink<FORMAT, false>>)   \
+    KERNEL(1024, decode_values_##name, FORMAT, decode_shares<FORMAT, DenseSink<FORMAT, true>>)   \
     KERNEL(32, gather_rows_##name, FORMAT, gather<FORMAT>)                                       \
     KERNEL(1024, product_1_##name, FORMAT, go_over_strips<FORMAT, DotSink<FORMAT>>)              \
     KERNEL(512, product_8_##name, FORMAT, go_over_strips<FORMAT, MmaSink<FORMAT, 1>>)            \

@@ -17,12 +17,14 @@ pytestmark = pytest.mark.cuda
 # Shapes with partial blocks, units and rows; what the encoder chooses for each preference has kernels of its own.
 SHAPES = [(200, 300), (33, 64), (1024, 2048), (4096, 96)]
 FORMATS = [("bf16", None), ("fp8", None), ("int8", None), ("rate", 5.0)]
+# A small matrix cannot be had at any rate, but on any grid.
+STEP = 0.002
 
 
 def layer(format: str, bits: float | None, shape: tuple[int, int], bias: bool = True, prefer: str = "speed") -> CompressedLinear:
     torch.manual_seed(0)
     plain = nn.Linear(shape[1], shape[0], bias=bias, dtype=torch.bfloat16)
-    return CompressedLinear.from_linear(plain, format, bits=bits, prefer=prefer)  # type: ignore[arg-type]
+    return CompressedLinear.from_linear(plain, format, step=bits and STEP, prefer=prefer)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("prefer", ["size", "balanced", "speed"])

@@ -498,7 +498,10 @@ impl Backend for CudaBackend {
                     Some(zstd) => zstd,
                     none => none.insert(Zstd::new(&self.device)?),
                 };
-                return Ok(Matrix(Storage::Zstd(Box::new(zstd.matrix(&self.device, &tensor)?))));
+                let matrix = zstd.matrix(&self.device, &tensor)?;
+                let len = matrix.n_rows() * matrix.n_cols().next_multiple_of(ROW_ALIGN);
+                self.grow_decoded(len, &mut self.scratch().decoded)?;
+                return Ok(Matrix(Storage::Zstd(Box::new(matrix))));
             }
             Weight::Encoded(tensor) => {
                 let matrix = EncodedMatrix::upload(&self.device, &self.encoded, &mut self.upload(), &tensor)?;
@@ -834,7 +837,7 @@ impl DeviceMemory for CudaBackend {
     fn working_bytes(&self) -> u64 {
         let Scratch { operand, normed, decoded, .. } = &*self.scratch();
         let scratch = (operand.n_bytes() + normed.num_bytes() + decoded.num_bytes()) as u64;
-        let zstd = self.zstd().as_ref().map_or(0, Zstd::working_bytes);
+        let zstd = self.zstd().as_ref().map_or(0, Zstd::bytes);
         self.encoded.n_bytes() + scratch + zstd + if self.has_blas() { BLAS_BYTES } else { 0 }
     }
 }

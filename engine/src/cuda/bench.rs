@@ -49,6 +49,7 @@ pub struct Bench {
     blas: Option<Blas>,
     nvcomp: Result<Option<Nvcomp>>,
     operand: RefCell<OperandBuffer>,
+    uploads: RefCell<Upload>,
     max_cols: usize,
     /// `[PRODUCT_TOKENS, max_cols]`, rounded to BF16, so that all products have the same input.
     x: Vec<f32>,
@@ -166,11 +167,12 @@ impl Bench {
             x: (0..PRODUCT_TOKENS * max_cols).map(|_| draw()).collect(),
             rotated_bytes: ROTATED_BYTES.max(4 * cache_bytes),
             nvcomp: Nvcomp::load(),
-            device,
             encoded,
             dense,
             read,
             blas,
+            uploads: RefCell::new(Upload::new(&device)?),
+            device,
             operand,
             max_cols,
         })
@@ -417,9 +419,7 @@ impl Bench {
     /// # Errors
     /// A tensor that the kernels do not take, or that does not decode; too little memory.
     pub fn encoded(&self, tensor: EncodedTensor) -> Result<Rc<Encoded>> {
-        let mut upload = Upload::new(&self.device)?;
-        let copies = (0..self.n_copies(tensor.bytes().len()))
-            .map(|_| EncodedMatrix::upload(&self.device, &self.encoded, &mut upload, &tensor));
+        let copies = (0..self.n_copies(tensor.bytes().len())).map(|_| self.upload_encoded(&tensor));
         let copies = copies.collect::<Result<_>>()?;
         let codes = tensor.decode_codes(Cpu::detect())?;
         Ok(Rc::new(Encoded { tensor, codes, copies }))
@@ -569,6 +569,10 @@ impl Bench {
             check_same(&format!("nvCOMP's {coder:?}"), CHUNK_BYTES, &found[..codes.len()], &codes)?;
         }
         Ok(Some((operation, compressed_bytes)))
+    }
+
+    fn upload_encoded(&self, tensor: &EncodedTensor) -> Result<EncodedMatrix> {
+        EncodedMatrix::upload(&self.device, &self.encoded, &mut self.uploads.borrow_mut(), tensor)
     }
 
     fn upload<T: DeviceRepr>(&self, data: &[T]) -> Result<CudaSlice<T>> {

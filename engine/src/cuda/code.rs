@@ -36,7 +36,7 @@ macro_rules! kernel_file {
 pub(super) const ENCODED: KernelFile = kernel_file!("encoded");
 /// The other operations of a forward pass.
 pub(super) const MODEL: KernelFile = kernel_file!("model");
-/// Draws of tokens.
+/// Drawing a token.
 pub(super) const SAMPLE: KernelFile = kernel_file!("sample");
 /// The codes of `zstd` tensors.
 pub(super) const CODES: KernelFile = kernel_file!("codes");
@@ -225,7 +225,7 @@ mod tests {
             assert!(problem.contains("nvidia-cuda-nvrtc"), "{problem}");
             return eprintln!("skipped: {problem}");
         }
-        for file in [BENCH, CODES, MODEL] {
+        for file in [BENCH, CODES, MODEL, SAMPLE] {
             for capability in [(8, 0), (9, 0)] {
                 let Compiled::Cubin(code) = compile(&file, capability).unwrap() else { panic!("{} as PTX", file.name) };
                 assert!(code.starts_with(b"\x7fELF"), "{}", file.name);

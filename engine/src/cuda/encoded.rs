@@ -20,8 +20,15 @@ use std::sync::Arc;
 pub(super) const PRODUCT_TOKENS: usize = 16;
 /// Tensors in a launch, as the kernels declare it.
 const MAX_TASKS: usize = 8;
-/// Barriers of a thread block, of which one is for all.
-const MAX_BARRIERS: usize = 16;
+/// Warps of a thread block that has one row block: as many as bring in the activations fast enough.
+const ROW_WARPS: u32 = 8;
+/// Bytes of a warp where the codes of its first block wait for the activations (`EARLY_BYTES` in decode.cuh).
+const EARLY_BYTES: u32 = 2048;
+/// Columns of such a block.
+const EARLY_COLS: u32 = 512;
+/// Warps on a multiprocessor up to which decoding early pays: it takes half as many instructions more, which cost nothing while other kernels
+/// leave it idle.
+const EARLY_WARPS: u32 = 24;
 /// Bytes of a warp's window on its stream.
 const RING_BYTES: u32 = 2560;
 /// What a decode to rows needs: tiles where warps collect them.
@@ -80,6 +87,7 @@ struct Task {
     strip: u32,
     n_strips: u32,
     span: u32,
+    early: u32,
     codec: u32,
     adds: u32,
 }
@@ -125,6 +133,11 @@ impl Needs {
     /// Warps of a block that has `shared` bytes.
     fn fit(&self, table_bytes: u32, shared: u32) -> u32 {
         (shared.saturating_sub(table_bytes + self.block_bytes) / (RING_BYTES + self.tile_bytes)).min(self.warps)
+    }
+
+    /// Shared memory of a block of so many warps.
+    fn shared_bytes(&self, table_bytes: u32, n_warps: u32) -> u32 {
+        table_bytes + self.block_bytes + n_warps * (RING_BYTES + self.tile_bytes)
     }
 }
 
@@ -218,7 +231,7 @@ struct Scratch {
 struct Strips {
     /// Blocks of a row that a warp takes at once.
     strip: usize,
-    /// Strips that a thread block takes at once, of whole row blocks; 0: any.
+    /// Strips of a row block where a thread block takes just that; 0: its warps take any.
     span: usize,
     /// Sums that strips leave to be added up.
     n_sums: usize,
@@ -456,6 +469,11 @@ impl EncodedMatrix {
     fn table_bytes(&self) -> u32 {
         8 << self.description.table_bits
     }
+
+    /// Whether the kernels can decode a block's parts and keep them: those of one bit, eight a symbol.
+    fn decodes_early(&self) -> bool {
+        self.format == Format::Int8 && self.codec >> 4 == 8 && self.description.block_cols <= EARLY_COLS
+    }
 }
 
 impl EncodedKernels {
@@ -475,7 +493,7 @@ impl EncodedKernels {
         let half = needs.warps / 2;
         let span = tasks.iter().map(|t| t.span).max().unwrap_or(0);
         let (n_warps, n_ctas) = match fit(self.shared_limit / 2 - 1024) >= half && needs.splits {
-            _ if span > 0 => (span.max(half).min(fit(self.shared_limit)), 0),
+            _ if span > 0 => (span.max(ROW_WARPS).min(fit(self.shared_limit)), 0),
             true if total <= (self.n_multiprocessors * half) as usize => (half, self.n_multiprocessors),
             true => (half, 2 * self.n_multiprocessors),
             false => (fit(self.shared_limit), self.n_multiprocessors),
@@ -504,7 +522,7 @@ impl EncodedKernels {
             task.n_ctas = share.min(n_items) as u32;
             first_cta += task.n_ctas;
         }
-        let shared_bytes = table_bytes + needs.block_bytes + n_warps * (RING_BYTES + needs.tile_bytes);
+        let shared_bytes = needs.shared_bytes(table_bytes, n_warps);
         let grid = Grid { blocks: (first_cta, 1, 1), threads: 32 * n_warps, shared_bytes };
         // SAFETY: the structures are the kernels', the pointers those of validated tensors, the outputs the caller's
         // promise.
@@ -729,16 +747,18 @@ impl EncodedKernels {
         let widest = matrices.clone().map(|m| m.description.n_col_blocks as usize).max().unwrap_or(1);
         let strips = (1..=widest).filter(|&strip| n_strips(strip) * sums <= PARTIALS);
         let n_row_blocks: usize = matrices.clone().map(EncodedMatrix::n_row_blocks).sum();
-        // Where a thread block can have whole row blocks, all of one round, it adds up their strips by itself.
+        // Where all row blocks can have a thread block of their own at once, those add up their strips by themselves; and several fit on a
+        // multiprocessor, those of the next kernel beside the last of this one.
         let per_row = matrices.clone().next().map_or(1, |m| m.n_strips(1));
         let table_bytes = matrices.clone().map(EncodedMatrix::table_bytes).max().unwrap_or(0);
-        let rows_at_once = n_row_blocks.div_ceil(self.n_multiprocessors as usize);
+        let warps = ROW_WARPS.max(per_row as u32);
+        let at_once =
+            (needs.warps / warps).min((self.shared_limit + 1024) / (needs.shared_bytes(table_bytes, warps) + 2048));
         let alone = n_tokens == 1
             && matrices.clone().all(|m| m.n_strips(1) == per_row)
-            && rows_at_once < MAX_BARRIERS
-            && per_row * rows_at_once <= needs.fit(table_bytes, self.shared_limit) as usize;
+            && n_row_blocks <= (at_once * self.n_multiprocessors) as usize;
         let (strip, span) = match alone {
-            true => (1, per_row * rows_at_once),
+            true => (1, per_row),
             false => (strips.min_by_key(|&strip| cost(strip)).unwrap_or(widest), 0),
         };
         let n_sums = n_strips(strip) * sums;
@@ -755,7 +775,8 @@ impl EncodedKernels {
     /// Sets the tasks of products: how many blocks of a row a warp takes, and where its sums go.
     fn add_tasks(&self, scratch: &Scratch, launch: &mut Launch, jobs: &[Job<'_>], needs: Needs) -> Result<()> {
         let n_tokens = launch.n_tokens as usize;
-        let Strips { strip, span, .. } = self.strips(jobs.iter().map(|job| job.0), n_tokens, needs)?;
+        let Strips { strip, span, n_sums: all_sums } = self.strips(jobs.iter().map(|job| job.0), n_tokens, needs)?;
+        let leaves_room = all_sums / BLOCK_ROWS <= (EARLY_WARPS * self.n_multiprocessors) as usize;
         let (mut n_sums, mut n_row_blocks) = (0, 0);
         for (task, &(m, bias, out, adds)) in launch.tasks.iter_mut().zip(jobs) {
             let n_strips = m.n_strips(strip);
@@ -768,6 +789,7 @@ impl EncodedKernels {
                 strip: strip as u32,
                 n_strips: n_strips as u32,
                 span: span as u32,
+                early: (span > 0 && leaves_room && m.decodes_early()).into(),
                 codec: m.codec,
                 adds: adds.into(),
                 ..Default::default()
@@ -782,10 +804,11 @@ impl EncodedKernels {
 
 /// What a product of `n_tokens` tokens of `n_cols` columns needs.
 fn product_needs(n_tokens: usize, is_int8: bool, n_cols: usize) -> Needs {
-    // One token's activations are brought into shared memory, those for integers as two bytes; with what a sum is worth.
-    let block_bytes = n_cols.next_multiple_of(32) as u32 * if is_int8 { 2 } else { 4 } + 16;
+    // One token's activations are brought into shared memory, those for integers as two bytes; with what a sum is worth, and zeros.
+    let block_bytes = n_cols.next_multiple_of(32) as u32 * if is_int8 { 2 } else { 4 } + 144;
     match (n_tokens, is_int8) {
-        (1, _) => Needs { tile_bytes: 256, block_bytes, warps: 32, splits: true },
+        (1, true) => Needs { tile_bytes: EARLY_BYTES, block_bytes, warps: 32, splits: true },
+        (1, false) => Needs { tile_bytes: 256, block_bytes, warps: 32, splits: true },
         (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: 16, splits: false },
         (_, false) => Needs { tile_bytes: 2048, block_bytes: 0, warps: 16, splits: false },
     }

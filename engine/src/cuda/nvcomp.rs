@@ -151,15 +151,14 @@ impl Chunks {
     pub fn bytes(&self) -> u64 {
         (self.n_bytes + 16 * self.n_chunks) as u64
     }
+
+    /// Bytes that the chunks hold.
+    pub fn out_bytes(&self) -> usize {
+        self.out_bytes
+    }
 }
 
 impl Room {
-    /// Bytes in the GPU's memory.
-    pub fn bytes(&self) -> u64 {
-        let words = self.outs.num_bytes() + self.capacities.num_bytes() + self.found.num_bytes();
-        (self.out.num_bytes() + words + self.statuses.num_bytes() + self.temp.num_bytes()) as u64
-    }
-
     /// Room for buffers of up to `out_bytes`.
     pub fn new(device: &Device, nvcomp: &Nvcomp, method: Method, out_bytes: usize) -> Result<Self> {
         let n_chunks = out_bytes.div_ceil(CHUNK_BYTES);
@@ -177,6 +176,11 @@ impl Room {
             temp: device.zeros(nvcomp.temp_bytes(device, method, n_chunks.min(CALL_CHUNKS))?)?,
             out,
         })
+    }
+
+    /// Bytes in the GPU's memory.
+    pub fn bytes(&self) -> u64 {
+        (self.out.len() + 28 * self.outs.len() + self.temp.len()) as u64
     }
 
     /// Whether a buffer of so many bytes fits.

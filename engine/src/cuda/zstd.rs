@@ -4,7 +4,7 @@
 //! For comparison and interoperation: every use pays for writing the decoded matrix to memory and reading it again.
 
 use super::code;
-use super::device::{Device, Grid};
+use super::device::{Device, Grid, failed};
 use super::nvcomp::{Chunks, Method, Nvcomp, Room};
 use crate::error::Result;
 use codecllm_codec::encoded::Checks;
@@ -79,11 +79,6 @@ impl Zstd {
         Ok(Self { nvcomp, to_values, room: None, word: device.zeros(1)? })
     }
 
-    /// Bytes that all matrices share.
-    pub fn working_bytes(&self) -> u64 {
-        self.room.as_ref().map_or(0, Room::bytes)
-    }
-
     /// Takes a tensor to the GPU and has it decompressed once: nvCOMP promises nothing about frames that are damaged, so that the
     /// checksums are compared whatever the caller asked for, and every frame has to hold what it should.
     ///
@@ -114,6 +109,24 @@ impl Zstd {
             }
         };
         Ok(ZstdMatrix { n_rows, n_cols, chunks, values })
+    }
+
+    /// Bytes in the GPU's memory, beside those of the matrices.
+    pub fn bytes(&self) -> u64 {
+        self.room.as_ref().map_or(0, Room::bytes)
+    }
+
+    /// Decodes a tensor to its codes as they lie in memory, and waits for them.
+    ///
+    /// # Errors
+    /// As [`Self::matrix`].
+    pub fn codes(&mut self, device: &Device, tensor: &EncodedTensor) -> Result<Vec<u8>> {
+        // To be sure of its frames, it is decompressed.
+        let matrix = self.matrix(device, tensor)?;
+        let Some(room) = &self.room else { return Ok(Vec::new()) };
+        let mut codes = device.stream().clone_dtoh(&room.out).map_err(failed("copying codes"))?;
+        codes.truncate(matrix.chunks.out_bytes());
+        Ok(codes)
     }
 
     /// Issues the decoding of a matrix to its values, `[n_rows, stride]`, with zeros past its columns. What is issued next starts
@@ -154,6 +167,7 @@ mod tests {
     use super::*;
     use crate::error::Error;
     use codecllm_codec::encoded::EncodeOptions;
+    use codecllm_codec::quantize::Codes;
     use codecllm_codec::{Coder, Cpu, Dtype, Tensor, encode_tensor};
 
     fn tensor(format: Format, n_rows: usize, n_cols: usize) -> EncodedTensor {
@@ -184,6 +198,7 @@ mod tests {
     #[test]
     fn decodes_to_the_values_of_the_plain_decoder() {
         let Some((device, mut zstd)) = gpu() else { return };
+        assert_eq!(zstd.bytes(), 0);
         // One frame, several, rows that begin anywhere; large, then small in the same room.
         for (n_rows, n_cols) in [(257, 1000), (1, 1), (33, 31), (100, 2080)] {
             for &format in Format::ALL {
@@ -196,6 +211,11 @@ mod tests {
                 zstd.decode(&device, &matrix, &mut out, stride).unwrap();
                 let found = device.stream().clone_dtoh(&out).unwrap();
                 let codes = tensor.decode_codes(Cpu::Scalar).unwrap();
+                let bytes: Vec<u8> = match &codes {
+                    Codes::U8(codes) => codes.to_vec(),
+                    Codes::U16(codes) => codes.iter().flat_map(|code| code.to_le_bytes()).collect(),
+                };
+                assert!(zstd.codes(&device, &tensor).unwrap() == bytes, "{n_rows} x {n_cols} {format}: codes");
                 for (i, found) in found.into_iter().enumerate() {
                     let (row, col) = (i / stride, i % stride);
                     let value = |col| code_value(format, codes.get(row * n_cols + col)) * tensor.scale(row);
