@@ -208,11 +208,6 @@ impl<L: Load> Work<'_, L> {
 
     /// The bits/weight at which the model's KL divergence from its source on `text` is `wanted` or just below.
     fn search_kld(&self, options: &CompressOptions, wanted: f64, text: &str) -> Result<f64, output::Error> {
-        if !(wanted > 0.0 && wanted.is_finite()) {
-            return Err(
-                format!("a KL divergence of {wanted} is no target; give a small positive number, as 0.005").into()
-            );
-        }
         let baseline = self.machine.load(self.source)?;
         let mut tokens = text_tokens(&Tokenizer::open(self.source)?, text)?;
         tokens.truncate(KLD_TOKENS);
@@ -347,7 +342,17 @@ fn run_on(args: Args, machine: &impl Load) -> CliResult {
     if args.calibrate.is_some() && options.rate.is_none() {
         return Err(Error::Parameter("format `rate` needs a target: --bits, --size, --preset or --kld".into()).into());
     }
+    if let Some(kld) = args.target.kld.filter(|kld| !(*kld > 0.0 && kld.is_finite())) {
+        return Err(Error::Parameter(format!(
+            "a KL divergence of {kld} is no target; give a small positive number, as 0.005"
+        ))
+        .into());
+    }
     let start = Instant::now();
+    if args.calibrate.is_some() {
+        // What cannot be done is better known before minutes of calibration than after.
+        archive::check(&source, &args.output, &options, &Bar::new("planning", Unit::Bytes))?;
+    }
     let mut work = Work { source: &source, output: &args.output, machine, calibration: None };
     if let Some(text) = &args.calibrate {
         work.calibration = Some(work.calibration_tokens(text.as_deref(), args.samples, args.seed)?);
