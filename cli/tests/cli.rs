@@ -209,6 +209,25 @@ fn demo_run_eval_and_rate_on_the_embedded_model() {
     assert_eq!((&cost["n_tokens"], &cost["is_own_text"]), (&json!(8 * 512), &json!(true)));
     assert!(cost["text_s"].as_f64().unwrap() > 0.0 && cost["encode_s"].as_f64().unwrap() > 0.0, "{cost}");
 
+    // What cannot be done is refused before any text is written: here there could be none, without a tokenizer.
+    let mute = format!("{keep}/mute");
+    fs::create_dir(&mute).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(format!("{source}/{file}"), format!("{mute}/{file}")).unwrap();
+    }
+    for (target, dst, said) in [
+        (["--bits", "40"], "x", "this model takes between"),
+        (["--size", "10"], "x", "this model takes between"),
+        (["--kld", "0"], "x", "is no target"),
+        (["--bits", "4"], &rate, "it exists already"),
+        (["--bits", "4"], "x", "tokenizer.json"),
+    ] {
+        let args = ["compress", &mute, "-o", dst, "--format", "rate", "--calibrate"];
+        let refused = codecllm(args.iter().chain(&target));
+        assert!(stderr(&refused).contains(said), "{target:?}: {}", stderr(&refused));
+        assert_ne!(code(&refused), 0);
+    }
+
     let short = text(&calibration);
     for (args, said) in [
         (vec!["--format", "rate"], "needs a target"),

@@ -13,7 +13,7 @@ mod rate;
 mod shard;
 mod verify;
 
-pub use compress::{Calibrated, CompressOptions, Summary, compress, plan};
+pub use compress::{Calibrated, CompressOptions, Summary, check, compress, plan};
 pub use inspect::{BitsSplit, CoderParams, EncodedTotal, Inspection, TensorReport, Total, inspect};
 pub use layers::{Layers, is_embedding_or_head};
 pub use partial::partial_path;

@@ -836,14 +836,59 @@ fn rate_may_count_the_selected_matrices_alone() {
     assert!((found / 3.5 - 1.0).abs() < 0.01, "{found} bits/weight instead of 3.5");
 }
 
+/// A model of many matrices.
+fn layered_model() -> TempDir {
+    let roles = ["self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"];
+    let names: Vec<String> =
+        (0..12).flat_map(|i| roles.map(|role| format!("model.layers.{i}.{role}.weight"))).collect();
+    let tensors: Vec<Spec> = names.iter().map(|name| (name.as_str(), Dtype::BF16, [64, 256].as_slice())).collect();
+    model(&tensors)
+}
+
+#[test]
+fn rate_keeps_matrices_exact_where_codes_end() {
+    let source = layered_model();
+    let target = TempDir::new().unwrap();
+    let mut last_error = f64::INFINITY;
+    for bits in [7.0, 8.2, 8.8, 9.5] {
+        let archive = target.path().join(format!("{bits}"));
+        let log = StopAfter::new(NEVER);
+        compress(source.path(), &archive, &rate_options(RateTarget::Bits(bits)), &log).unwrap();
+        assert_eq!(log.notes().contains("kept as they are"), bits > 8.0, "{bits}: {}", log.notes());
+        let report = inspect(&archive, &Silent).unwrap();
+        let found = report.total.bits_per_weight;
+        assert!((found / bits - 1.0).abs() < 0.01, "{found} bits/weight instead of {bits}");
+        let n_exact = report.tensors.iter().filter(|t| t.format == "bf16").count();
+        assert_eq!(n_exact > 0, bits > 8.0, "{bits}: {n_exact} matrices are exact");
+        // Those in which a bit saves most.
+        let is_exact = |role: &str| report.tensors.iter().any(|t| t.format == "bf16" && t.name.contains(role));
+        assert!(is_exact("v_proj") || n_exact == 0, "{bits}");
+        let error: f64 = report.tensors.iter().map(|t| f64::from(t.relative_error)).sum();
+        assert!(error < last_error, "{bits} bits: the error is {error}, with fewer bits it was {last_error}");
+        last_error = error;
+        assert_eq!(verify(&archive, Some(source.path()), &cpus(), &Silent).unwrap().status, Status::Proven);
+    }
+}
+
 #[test]
 fn rate_says_what_it_can_reach() {
     let source = large_model();
     let target = TempDir::new().unwrap();
-    for bits in [0.01, 15.0] {
-        let result = compress(source.path(), &target.path().join("a"), &rate_options(RateTarget::Bits(bits)), &Silent);
-        let message = message(result);
-        assert!(message.contains("this model takes between"), "{message}");
-        assert!(!target.path().join("a").exists());
+    for bits in [0.01, 17.0] {
+        let (dst, options) = (target.path().join("a"), rate_options(RateTarget::Bits(bits)));
+        for result in [
+            compress(source.path(), &dst, &options, &Silent).map(drop),
+            archive::check(source.path(), &dst, &options, &Silent),
+        ] {
+            let message = message(result);
+            assert!(message.contains("this model takes between"), "{message}");
+        }
+        assert!(!dst.exists());
     }
+    // A lone matrix is exact or not.
+    let source = model(&[("w", Dtype::BF16, &[256, 700])]);
+    let result = compress(source.path(), &target.path().join("a"), &rate_options(RateTarget::Bits(8.0)), &Silent);
+    let message = message(result);
+    assert!(message.contains("as it is takes too much more"), "{message}");
+    assert!(archive::check(source.path(), target.path(), &rate_options(RateTarget::Bits(4.0)), &Silent).is_err());
 }

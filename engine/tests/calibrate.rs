@@ -5,8 +5,8 @@ use codecllm_codec::archive::{
     Calibration, CompressOptions, Layers, Provenance, RateTarget, Silent, Status, Summary, compress, verify,
 };
 use codecllm_codec::{Cpu, EncodeOptions, Format};
-use codecllm_engine::calibrate::{MIN_TOKENS, WINDOW};
-use codecllm_engine::{LoadOptions, Model, calibrate, evaluate};
+use codecllm_engine::calibrate::{MIN_TOKENS, WINDOW, sample_text};
+use codecllm_engine::{LoadOptions, Model, Tokenizer, calibrate, evaluate};
 use half::bf16;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -184,6 +184,15 @@ fn degenerate_layers_are_calibrated_too() {
         "model.layers.0.self_attn.v_proj.weight" | "model.layers.0.self_attn.v_proj.bias" => values.fill(0.0),
         "model.layers.1.mlp.up_proj.weight" => values.fill(0.01),
         "model.layers.1.self_attn.q_proj.weight" => values[300] = 1e4,
+        // A matrix of rank one, and products that only ever read zeros.
+        "model.layers.1.mlp.down_proj.weight" => {
+            let (row, n) = (values[..320].to_vec(), values.len() / 320);
+            values.chunks_mut(320).enumerate().for_each(|(i, out)| {
+                let factor = i as f32 / n as f32 - 0.4;
+                out.iter_mut().zip(&row).for_each(|(o, v)| *o = factor * v);
+            });
+        }
+        "model.layers.2.post_attention_layernorm.weight" => values.fill(0.0),
         _ => {}
     });
     let dir = TempDir::new().unwrap();
@@ -195,6 +204,50 @@ fn degenerate_layers_are_calibrated_too() {
     let report = verify(&archive, Some(source.path()), &[Cpu::Scalar], &Silent).unwrap();
     assert_eq!(report.status, Status::Proven, "{:#?}", report.checks);
     assert!(kld(&archive, source.path(), &text).is_finite());
+}
+
+#[test]
+fn beyond_8_bit_codes_matrices_stay_exact() {
+    let (source, dir) = (model(|_, _| {}), TempDir::new().unwrap());
+    let (text, other) = (tokens(2 * WINDOW, 2), tokens(WINDOW, 3));
+    let at = |bits: f64| {
+        let (archive, summary) = archive(source.path(), dir.path(), &options(bits), Some(&text), 2);
+        let found = 8.0 * summary.archive_bytes as f64 / summary.n_weights as f64;
+        assert!((found / bits - 1.0).abs() < 0.01, "{bits}: {found}");
+        let report = verify(&archive, Some(source.path()), &[Cpu::Scalar], &Silent).unwrap();
+        assert_eq!(report.status, Status::Proven, "{:#?}", report.checks);
+        let n_calibrated = Provenance::open(&archive).unwrap().options.calibration.unwrap().n_tensors;
+        (kld(&archive, source.path(), &other), n_calibrated)
+    };
+    let ((grids, all), (mixed, some)) = (at(7.0), at(9.5));
+    assert!(mixed < grids, "{mixed} with matrices kept exact, {grids} without");
+    assert!(all == 21 && some < 21, "{all}, {some}");
+}
+
+const TOKENIZER: &str = r#"{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+    "decoder": null, "model": {"type": "WordLevel", "vocab": {"<s>": 0, "</s>": 1, "a": 2}, "unk_token": "a"}}"#;
+
+#[test]
+fn the_models_own_text_follows_from_its_seed() {
+    let source = model(|_, _| {});
+    let tokenizer = Tokenizer::from_json(TOKENIZER, Some(r#"{"bos_token": "<s>", "eos_token": "</s>"}"#)).unwrap();
+    let go_on = |_| ControlFlow::Continue(());
+    let text = |n, seed, threads| sample_text(&load(source.path(), threads), &tokenizer, n, seed, go_on).unwrap();
+    let two = text(2, 5, 1);
+    assert_eq!(two.len(), 2 * WINDOW);
+    assert!(two.chunks(WINDOW).all(|window| window[0] == 0));
+    assert_ne!(two[..WINDOW], two[WINDOW..]);
+    assert_eq!(two, text(2, 5, 3));
+    assert_eq!(two[..WINDOW], text(1, 5, 2));
+    assert_ne!(two[..WINDOW], text(1, 6, 1));
+
+    let stop = |done| if done > 20 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+    let error = |tokenizer, go_on: &dyn Fn(usize) -> ControlFlow<()>| {
+        sample_text(&load(source.path(), 1), tokenizer, 1, 5, go_on).unwrap_err().to_string()
+    };
+    assert!(error(&tokenizer, &stop).contains("interrupted"));
+    let bare = Tokenizer::from_json(TOKENIZER, None).unwrap();
+    assert!(error(&bare, &go_on).contains("give a text"));
 }
 
 #[test]

@@ -56,6 +56,15 @@ pub fn plan(src: &Path, options: &CompressOptions, progress: &dyn Progress) -> R
     plan_selected(&source, &options.layers.select(&source)?, options, progress)
 }
 
+/// Refuses what [`compress`] would refuse before it encodes anything: for callers with long work to do before.
+///
+/// # Errors
+/// As [`compress`], as far as source, place and target are concerned.
+pub fn check(src: &Path, dst: &Path, options: &CompressOptions, progress: &dyn Progress) -> Result<()> {
+    Target::new(src, dst, options.force, progress)?;
+    plan(src, options, progress).map(drop)
+}
+
 fn plan_selected(
     source: &Checkpoint,
     selected: &HashSet<&str>,
@@ -121,6 +130,7 @@ pub fn compress(src: &Path, dst: &Path, options: &CompressOptions, progress: &dy
     let calibrated = options.calibrated.as_ref().map(|c| &c.files);
     let job = Job { source: &source, selected, encode: options.encode, chosen, calibrated, progress };
     job.note_rounding();
+    job.note_exact();
     let mut partial = Partial::open(target, settings.clone(), options.resume, progress)?;
     match job.fill(&mut partial, config, settings) {
         Ok(summary) => partial.install().map(|()| summary),
@@ -171,6 +181,17 @@ impl Job<'_> {
             self.progress.note(&format!(
                 "`{format}` is lossless for BF16 weights; `{}` and others are {} and will be rounded to BF16",
                 t.name, t.dtype
+            ));
+        }
+    }
+
+    fn note_exact(&self) {
+        let n = self.chosen.values().filter(|chosen| chosen.format != self.encode.format).count();
+        if n > 0 {
+            self.progress.note(&format!(
+                "8-bit codes end below the target, so {n} of {} matrices are kept as they are, as `{}`",
+                self.selected.len(),
+                Format::Bf16
             ));
         }
     }

@@ -3,6 +3,9 @@
 //! A tensor's step is θ · rms(weights) · the weight of its role; θ is the same for the whole model and is found by bisection on
 //! the size. With uniform quantization at high rate, equal slopes dD/dR over tensors mean equal weighted errors,
 //! whatever the tensors' bits: so one number suffices.
+//!
+//! A code has 8 bits, so a grid ends at 255 points a row: about 7.3 bits a weight. Where the target is beyond, some matrices are
+//! kept as they are, as `bf16`, and the others have what is left.
 
 use super::layers::{is_embedding_or_head, last_module};
 use super::{Progress, check_stopped};
@@ -10,6 +13,7 @@ use crate::block::{BLOCK_ROWS, Params};
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::encoded::{Checks, EncodeOptions, EncodedTensor, encode_tensor};
 use crate::error::{Error, Result};
+use crate::format::Format;
 use crate::quantize::{matrix_shape, quantize_to_step};
 use bytes::Bytes;
 use rayon::prelude::*;
@@ -48,6 +52,8 @@ const LISTING_BYTES: usize = 90;
 const PROVENANCE_BYTES: usize = 2500;
 /// θ lies between these: from finer than any 8-bit code resolves, to zeros only.
 const THETA: (f64, f64) = (1e-3, 30.0);
+/// Where grids do not reach a target, it may be missed by this part of it, rather than that one more matrix is kept exact.
+const SHORTFALL: f64 = 0.004;
 
 /// How coarse a step a tensor takes relative to others of the model, by its role: √(weights / sensitivity), where the
 /// sensitivity is the KL divergence that quantizing this role alone causes at a given relative error.
@@ -80,6 +86,10 @@ struct Candidate {
     sample: Tensor,
     /// Step at θ = 1.
     unit: f64,
+    /// The weight of its role, which is part of `unit`.
+    role: f64,
+    /// Bits a weight as `bf16`, where it is kept so.
+    exact: Option<f64>,
     /// The coder's parameters. Its size is smooth in θ only while these stay as they are.
     params: Option<Params>,
     /// Bits a weight beyond the entropy of the codes.
@@ -103,7 +113,7 @@ impl Candidate {
         let sample = Tensor { name: tensor.name.clone(), dtype: tensor.dtype, shape, data: Bytes::from(data) };
         let rms = crate::quantize::rms(&sample)?;
         let unit = if rms > 0.0 { rms * role } else { 1.0 };
-        Ok(Self { n_weights: n_rows * n_cols, sample, unit, params: None, overhead: 0.05 })
+        Ok(Self { n_weights: n_rows * n_cols, sample, unit, role, exact: None, params: None, overhead: 0.05 })
     }
 
     fn step(&self, theta: f64) -> f32 {
@@ -115,26 +125,64 @@ impl Candidate {
     }
 
     fn bits(&self, theta: f64) -> Result<f64> {
-        Ok((self.entropy(theta)? + self.overhead) * self.n_weights as f64)
+        let bits = match self.exact {
+            Some(bits) => bits,
+            None => self.entropy(theta)? + self.overhead,
+        };
+        Ok(bits * self.n_weights as f64)
     }
 
     /// How the tensor is encoded.
     fn options(&self, theta: f64, options: &EncodeOptions) -> EncodeOptions {
-        EncodeOptions { step: Some(self.step(theta)), params: self.params, ..*options }
+        match self.exact {
+            Some(_) => EncodeOptions { format: Format::Bf16, step: None, params: None, ..*options },
+            None => EncodeOptions { step: Some(self.step(theta)), params: self.params, ..*options },
+        }
     }
 
     /// Learns the overhead from encoding the sample; the parameters that were chosen for it.
     fn measure_overhead(&mut self, theta: f64, options: &EncodeOptions) -> Result<Option<Params>> {
-        let options = self.options(theta, options);
-        let encoded = EncodedTensor::parse(encode_tensor(&self.sample, &options)?.into(), Checks::None)?;
+        if self.exact.is_some() {
+            return Ok(None);
+        }
+        let (bits, params) = self.encoded_bits(&self.options(theta, options))?;
+        self.overhead = bits - self.entropy(theta)?;
+        Ok(params)
+    }
+
+    /// Bits a weight of the tensor, from encoding the sample; the coder's parameters.
+    fn encoded_bits(&self, options: &EncodeOptions) -> Result<(f64, Option<Params>)> {
+        let encoded = EncodedTensor::parse(encode_tensor(&self.sample, options)?.into(), Checks::None)?;
         let sizes = encoded.sizes();
         let fixed = sizes.header + sizes.tables + sizes.padding;
         let bits_of = |bytes: u64, n: usize| 8.0 * bytes as f64 / n as f64;
         let bits = bits_of(sizes.total() - fixed, self.sample.shape[0] * self.sample.shape[1])
             + bits_of(fixed, self.n_weights);
-        self.overhead = bits - self.entropy(theta)?;
-        Ok(encoded.params().copied())
+        Ok((bits, encoded.params().copied()))
     }
+
+    /// What it takes and saves to keep the tensor as it is rather than on its finest grid.
+    fn exactness(&self, options: &EncodeOptions) -> Result<Exactness> {
+        let exact = EncodeOptions { format: Format::Bf16, step: None, params: None, ..*options };
+        let (bits, _) = self.encoded_bits(&exact)?;
+        let error = f64::from(quantize_to_step(&self.sample, self.step(THETA.0), None)?.relative_error);
+        let n_weights = self.n_weights as f64;
+        Ok(Exactness {
+            bits,
+            more_bits: bits * n_weights - self.bits(THETA.0)?,
+            saved: n_weights * (error / self.role).powi(2),
+        })
+    }
+}
+
+/// A tensor as `bf16`, against its finest grid.
+struct Exactness {
+    /// Bits a weight.
+    bits: f64,
+    /// Bits that it takes more.
+    more_bits: f64,
+    /// What it saves: its part of the model's divergence, in a unit that all tensors share.
+    saved: f64,
 }
 
 /// How a tensor is to be encoded.
@@ -142,7 +190,7 @@ impl Candidate {
 pub struct PlannedTensor {
     /// Its name.
     pub name: String,
-    /// Step and parameters.
+    /// Step and parameters; `bf16` where it is kept as it is.
     pub options: EncodeOptions,
     /// The bits that it is expected to take, as its share of the target; none where the target is a step.
     pub bits: Option<f64>,
@@ -172,7 +220,8 @@ pub(super) fn choose_steps(
     let kept: f64 = kept.map(|t| 8.0 * t.n_bytes as f64).sum();
     let listed: usize = source.tensors().iter().map(|t| t.name.len() + LISTING_BYTES).sum();
     let kept = kept + 8.0 * (listed + PROVENANCE_BYTES) as f64;
-    let theta = search(&mut candidates, target, n_weights, kept, options, progress)?;
+    let goal = Goal { target, n_weights, kept, options, keeps_exact: true };
+    let theta = search(&mut candidates, &goal, progress)?;
     let is_sized = !matches!(target, RateTarget::Step(_));
     candidates
         .par_iter()
@@ -203,7 +252,8 @@ pub fn steps_of(
         candidates.push(Candidate::new(tensor, role, sample_weights).map_err(|e| e.in_tensor(&tensor.name))?);
     }
     let n_weights = candidates.iter().map(|c| c.n_weights as f64).sum();
-    let theta = search(&mut candidates, target, n_weights, 0.0, options, progress)?;
+    let goal = Goal { target, n_weights, kept: 0.0, options, keeps_exact: false };
+    let theta = search(&mut candidates, &goal, progress)?;
     Ok(candidates.iter().map(|c| c.options(theta, options)).collect())
 }
 
@@ -212,52 +262,109 @@ fn sample_weights(n: usize) -> usize {
     (SAMPLE_WEIGHTS / n.max(1)).max(MIN_SAMPLE)
 }
 
-/// The θ that meets the target, where what is not encoded takes `kept` bits; `n_weights` are the whole model's.
-fn search(
-    candidates: &mut [Candidate],
+/// What a search is for.
+struct Goal<'a> {
     target: RateTarget,
+    /// The whole model's.
     n_weights: f64,
+    /// Bits of what is not encoded.
     kept: f64,
-    options: &EncodeOptions,
-    progress: &dyn Progress,
-) -> Result<f64> {
-    let wanted = match target {
+    options: &'a EncodeOptions,
+    /// Whether candidates may be kept as `bf16`, where grids do not reach the target.
+    keeps_exact: bool,
+}
+
+/// The θ that meets the target.
+fn search(candidates: &mut [Candidate], goal: &Goal<'_>, progress: &dyn Progress) -> Result<f64> {
+    let wanted = match goal.target {
         RateTarget::Step(theta) => return Ok(theta),
-        RateTarget::Bits(bits) => bits * n_weights,
-        RateTarget::MatrixBits(bits) => bits * candidates.iter().map(|c| c.n_weights as f64).sum::<f64>() + kept,
-        RateTarget::Bytes(bytes) => 8.0 * bytes as f64,
+        RateTarget::Bits(bits) => bits * goal.n_weights - goal.kept,
+        RateTarget::MatrixBits(bits) => bits * candidates.iter().map(|c| c.n_weights as f64).sum::<f64>(),
+        RateTarget::Bytes(bytes) => 8.0 * bytes as f64 - goal.kept,
     };
-    let mut theta = theta_for(candidates, wanted - kept, n_weights, kept)?;
+    let mut theta = theta_for(candidates, wanted, goal)?;
     // The first two looks are at what the encoder chooses and what that costs; the choice then stands.
     for fixed in [false, true, true] {
         check_stopped(progress)?;
         candidates.par_iter_mut().try_for_each(|c| {
-            let params = c.measure_overhead(theta, options)?;
+            let params = c.measure_overhead(theta, goal.options)?;
             c.params = params.filter(|_| fixed);
             Ok::<_, Error>(())
         })?;
-        theta = theta_for(candidates, wanted - kept, n_weights, kept)?;
+        theta = theta_for(candidates, wanted, goal)?;
     }
     Ok(theta)
 }
 
 /// The θ at which the candidates take `wanted` bits together.
-fn theta_for(candidates: &[Candidate], wanted: f64, n_weights: f64, kept: f64) -> Result<f64> {
-    let bits = |theta: f64| -> Result<f64> { candidates.par_iter().map(|c| c.bits(theta)).sum() };
+fn theta_for(candidates: &mut [Candidate], wanted: f64, goal: &Goal<'_>) -> Result<f64> {
     let (mut low, mut high) = THETA;
-    let (most, least) = (bits(low)?, bits(high)?);
-    if !(least..=most).contains(&wanted) {
-        let of_model = |bits: f64| (bits + kept) / n_weights;
-        return Err(Error::Parameter(format!(
-            "no steps give {:.2} bits/weight: this model takes between {:.2} and {:.2} as `rate`, what is not encoded included",
-            of_model(wanted),
-            of_model(least),
-            of_model(most)
-        )));
+    let missing = wanted - total_bits(candidates, low)?;
+    if missing > 0.0 && goal.keeps_exact {
+        keep_exact(candidates, missing, SHORTFALL * wanted, goal.options)?;
     }
+    let (least, most) = (total_bits(candidates, high)?, total_bits(candidates, low)?);
+    if !(least..=most / (1.0 - SHORTFALL)).contains(&wanted) {
+        return Err(out_of_reach(candidates, wanted, goal)?);
+    }
+    let wanted = wanted.min(most);
     while high / low > 1.0005 {
         let middle = (low * high).sqrt();
-        if bits(middle)? > wanted { low = middle } else { high = middle }
+        if total_bits(candidates, middle)? > wanted { low = middle } else { high = middle }
     }
     Ok((low * high).sqrt())
+}
+
+/// Why no steps and no choice of exact candidates take `wanted` bits.
+fn out_of_reach(candidates: &mut [Candidate], wanted: f64, goal: &Goal<'_>) -> Result<Error> {
+    candidates.iter_mut().for_each(|c| c.exact = None);
+    let (least, finest) = (total_bits(candidates, THETA.1)?, total_bits(candidates, THETA.0)?);
+    if goal.keeps_exact {
+        keep_exact(candidates, f64::INFINITY, 0.0, goal.options)?;
+    }
+    let most = total_bits(candidates, THETA.0)?;
+    let of_model = |bits: f64| (bits + goal.kept) / goal.n_weights;
+    let found = format!("no steps give {:.2} bits/weight", of_model(wanted));
+    Ok(Error::Parameter(match (finest..most).contains(&wanted) {
+        true => format!(
+            "{found}: the finest grids of 8-bit codes take {:.2}, and to keep any matrix as it is takes too much more",
+            of_model(finest)
+        ),
+        false => format!(
+            "{found}: this model takes between {:.2} and {:.2} as `rate`, what is not encoded included",
+            of_model(least),
+            of_model(most)
+        ),
+    }))
+}
+
+/// Bits of all candidates, summed in their order, so that they do not depend on the number of threads.
+fn total_bits(candidates: &[Candidate], theta: f64) -> Result<f64> {
+    let bits: Vec<f64> = candidates.par_iter().map(|c| c.bits(theta)).collect::<Result<_>>()?;
+    Ok(bits.iter().sum())
+}
+
+/// Keeps candidates as `bf16` that take `missing` bits more than on their finest grids: those first that save most for their bits.
+/// Where no other is small enough and more than `shortfall` still is missing, one is kept that takes too much, for which the others'
+/// steps then make up.
+fn keep_exact(candidates: &mut [Candidate], mut missing: f64, shortfall: f64, options: &EncodeOptions) -> Result<()> {
+    let found: Vec<Exactness> = candidates.par_iter().map(|c| c.exactness(options)).collect::<Result<_>>()?;
+    let may_gain = |i: &usize| candidates[*i].exact.is_none() && found[*i].saved > 0.0;
+    let mut order: Vec<usize> = (0..found.len()).filter(may_gain).collect();
+    let worth = |i: &usize| found[*i].saved / found[*i].more_bits.max(f64::MIN_POSITIVE);
+    order.sort_by(|a, b| worth(b).total_cmp(&worth(a)));
+    let mut too_large = Vec::new();
+    for i in order {
+        if found[i].more_bits <= missing {
+            missing -= found[i].more_bits;
+            candidates[i].exact = Some(found[i].bits);
+        } else {
+            too_large.push(i);
+        }
+    }
+    let smallest = too_large.into_iter().min_by(|a, b| found[*a].more_bits.total_cmp(&found[*b].more_bits));
+    if let Some(i) = smallest.filter(|_| missing > shortfall) {
+        candidates[i].exact = Some(found[i].bits);
+    }
+    Ok(())
 }
