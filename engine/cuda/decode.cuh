@@ -24,7 +24,7 @@ constexpr u32 FULL = 0xffffffff;
 
 // A tensor in device memory. engine/src/cuda/encoded.rs has the same structure.
 struct Matrix {
-    const uint2* table;        // [2^T]: see Codec::assemble and step
+    const uint2* table;        // [2^T], 16-byte aligned: see Codec::assemble and step
     const u8* stream;          // 16-byte aligned
     const u32* offsets;        // [n_blocks + 1], in units of 16 bytes
     const u32* raw;            // [row block][unit][k][32]
@@ -180,7 +180,7 @@ __device__ __noinline__ Quad assemble_any(const Matrix& m, u64 parts, const u32*
 
 // A warp's window on a block's stream: four chunks of 512 bytes, and the first again behind the last, so that reads that begin within the
 // ring need not wrap.
-constexpr u32 PREFETCH = 8;  // units of raw bits
+constexpr u32 PREFETCH = 4;  // units of raw bits; with eight, a launch that writes much drives them from the L2 cache before their turn
 constexpr u32 EARLY_UNITS = 16, EARLY_BYTES = EARLY_UNITS * 128;  // see decode_parts
 constexpr u32 CHUNK = 512, RING = 2048, RING_BYTES = RING + CHUNK;
 
@@ -289,8 +289,8 @@ __device__ __forceinline__ void prefetch_block(const Matrix& m, u32 i, u32 j, u3
 
 // Copies the table to the start of shared memory.
 __device__ __forceinline__ void load_table(const Matrix& m, uint2* table) {
-#pragma unroll 4
-    for (u32 i = threadIdx.x; i < 1u << m.table_bits; i += blockDim.x) table[i] = m.table[i];
+#pragma unroll 8
+    for (u32 i = threadIdx.x; i < 1u << (m.table_bits - 1); i += blockDim.x) ((uint4*)table)[i] = ((const uint4*)m.table)[i];
 }
 
 // Units of raw bits before a block, of all blocks row by row.

@@ -17,7 +17,7 @@ struct Task {
     u32 first_cta, n_ctas;
     u32 strip;          // blocks of a row that a warp takes at once
     u32 n_strips;
-    u32 span;           // n_strips where each thread block takes one row block, a warp a strip of one block; 0: warps take any strips
+    u32 span;           // blocks that a thread block takes at once, of whole row blocks, a warp each; 0: warps take any strips
     u32 early;          // with a span: the codes are decoded before the activations are known
     u32 codec;          // G and K, or 0 for any: see with_codec
     u32 adds;           // the product is added to what `out` holds
@@ -421,14 +421,14 @@ __device__ __noinline__ void finish_rows(const Task& own, const Launch& launch, 
     }
 }
 
-// Adds up one token's parts of the warps of a thread block that has one row block; true in the first of them, which then has their sum.
-// `tile` is the warp's place in shared memory, the others' are `stride` apart.
+// Adds up one token's parts of the warps that share a row block; true in the first of these, which then has their sum. The `n_warps` first warps of
+// the thread block call it. `tile` is the warp's place in shared memory, the others' are `stride` apart.
 template <class T>
-__device__ __forceinline__ bool share_rows(const Task& task, T& sum, u32 tile, u32 stride, u32 lane_) {
+__device__ __forceinline__ bool share_rows(const Task& task, T& sum, u32 tile, u32 stride, u32 n_warps, u32 lane_) {
     const u32 lane = again(lane_);
     asm volatile("st.shared.u64 [%0], %1;" ::"r"(tile + 8 * lane), "l"(*(u64*)&sum) : "memory");
-    asm volatile("bar.sync 1, %0;" ::"r"(task.n_strips * 32) : "memory");
-    if (threadIdx.x >= 32) return false;
+    asm volatile("bar.sync 1, %0;" ::"r"(n_warps * 32) : "memory");
+    if (threadIdx.x / 32 % task.n_strips) return false;
     for (u32 s = 1; s < task.n_strips; s++) {
         u64 part;
         asm volatile("ld.shared.u64 %0, [%1];" : "=l"(part) : "r"(tile + s * stride + 8 * lane) : "memory");
@@ -575,21 +575,33 @@ struct DotSink {
             asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(high), "=r"(low) : "r"(at) : "memory");
             __syncwarp();
         } else {
-            // A lane loads one of 32; each lane takes its row's, in their order.
-            for (u32 at = 0, own; patches.next < patches.end; patches.next++, at++) {
-                if (at % 32 == 0) own = patches.next + lane < patches.end ? __ldg(patches.list + patches.next + lane) : 0;
-                const u32 patch = __shfl_sync(FULL, own, at % 32);
-                if ((patch >> 16 & 31) != lane) continue;
-                const u32 c = first_col + (patch >> 21);
-                float v;
-                if constexpr (FORMAT == BF16) {
-                    const __nv_bfloat16* pair = (const __nv_bfloat16*)x + c / 4 * 8 + c % 4;
-                    v = __bfloat162float(pair[0]) + __bfloat162float(pair[4]);
-                } else {
-                    v = ((const float*)x)[c];
+            // A lane takes one of 32, and hands what it changes to its row's lane, which adds in the patches' order.
+            const u32 changes = again(scratch), owners = changes + 128;
+            for (; patches.next < patches.end; patches.next += 32) {
+                asm volatile("st.shared.u32 [%0], %1;" ::"r"(owners + 4 * lane), "r"(0) : "memory");
+                __syncwarp();
+                if (patches.next + lane < patches.end) {
+                    const u32 patch = __ldg(patches.list + patches.next + lane), c = first_col + (patch >> 21);
+                    float v;
+                    if constexpr (FORMAT == BF16) {
+                        const __nv_bfloat16* pair = (const __nv_bfloat16*)x + c / 4 * 8 + c % 4;
+                        v = __bfloat162float(pair[0]) + __bfloat162float(pair[4]);
+                    } else {
+                        v = ((const float*)x)[c];
+                    }
+                    const float change = value_of<FORMAT>(patch & 0xffff) * v - value_of<FORMAT>(m.filler) * v;
+                    asm volatile("st.shared.f32 [%0], %1;" ::"r"(changes + 4 * lane), "f"(change) : "memory");
+                    asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(owners + 4 * (patch >> 16 & 31)), "r"(1u << lane) : "memory");
                 }
-                total += (double)value_of<FORMAT>(patch & 0xffff) * v;
-                total -= (double)value_of<FORMAT>(m.filler) * v;
+                __syncwarp();
+                u32 own;
+                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(own) : "r"(owners + 4 * lane) : "memory");
+                for (; own; own &= own - 1) {
+                    float change;
+                    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(change) : "r"(changes + 4 * (__ffs(own) - 1)) : "memory");
+                    total += change;
+                }
+                __syncwarp();
             }
         }
     }
@@ -598,7 +610,8 @@ struct DotSink {
         if constexpr (FORMAT == INT8) sum = 255 * (i64)high + low;
         else sum = total + ((double)sums[0] + sums[1] + ((double)sums[2] + sums[3]));
         if (task.span) {
-            if (!share_rows(task, sum, scratch, RING_BYTES + TILE_BYTES, lane)) return;
+            const u32 first = (blockIdx.x - task.first_cta) * task.span, n_all = (m.n_rows + 31) / 32 * task.n_strips;
+            if (!share_rows(task, sum, scratch, RING_BYTES + TILE_BYTES, min(task.span, n_all - first), lane)) return;
             const u32 row = i * 32 + lane;
             if (!launch.gated) {
                 if (row >= m.n_rows) return;
@@ -731,6 +744,9 @@ __device__ __forceinline__ u32 warp_memory(const Matrix& m, u32 tile_bytes) {
     return (u32)__cvta_generic_to_shared(shared_memory) + (8 << m.table_bits) + threadIdx.x / 32 * (RING_BYTES + tile_bytes);
 }
 
+// For lambdas whose captures have to stay in registers.
+#define INLINE __attribute__((always_inline))
+
 // Every warp decodes its share of a matrix's blocks, one behind the other.
 template <int FORMAT, class Sink, class With>
 __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
@@ -752,7 +768,7 @@ __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
     __syncthreads();
     if (first == end) return;
     Sink sink(task, ring + RING_BYTES, lane);
-    with(task.codec, [&](auto codec) { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, first, end, sink); });
+    with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, first, end, sink); });
 }
 
 // `with` is with_codec or its like.
@@ -794,7 +810,7 @@ __device__ __forceinline__ void go_over_strips(const Launch& launch, With with) 
     start_next();
     sink.prepare(launch, shared_memory + (8 << m.table_bits) + n_warps * (RING_BYTES + Sink::TILE_BYTES));
     __syncthreads();
-    with(task.codec, [&](auto codec) {
+    with(task.codec, [&](auto codec) INLINE {
 #pragma unroll 1
         for (u32 item = first; item < n_items;) {
             const u32 i = item / task.n_strips, strip = item % task.n_strips, j = strip * task.strip;
@@ -832,7 +848,7 @@ __device__ __forceinline__ void gather(const Launch& launch, With with) {
     const u32 block = token / 32 * m.n_col_blocks + blockIdx.x;
     reader.open(m, block, block + 1, warp_memory(m, 0), lane);
     GatherSink<FORMAT> sink{m, out, {}, lane, token / 32, token % 32, 0, scale_of<FORMAT>(m, token)};
-    with(task.codec, [&](auto codec) { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, block, block + 1, sink); });
+    with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, block, block + 1, sink); });
 }
 
 // Calls f with the codec that has these parts a symbol and raw bits: what the encoder chooses. Others (0) have kernels of their
@@ -856,10 +872,10 @@ __device__ __forceinline__ void with_codec(u32 codec, F f) {
 // Each kernel twice: for the codecs of with_codec, and for any.
 #define KERNEL(THREADS, name, FORMAT, ...)                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) name(const __grid_constant__ Launch l) {       \
-        __VA_ARGS__(l, [](u32 codec, auto f) { with_codec<FORMAT>(codec, f); });                            \
+        __VA_ARGS__(l, [](u32 codec, auto f) INLINE { with_codec<FORMAT>(codec, f); });                     \
     }                                                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) name##_any(const __grid_constant__ Launch l) { \
-        __VA_ARGS__(l, [](u32, auto f) { f(Codec<FORMAT, ANY, ANY>()); });                                  \
+        __VA_ARGS__(l, [](u32, auto f) INLINE { f(Codec<FORMAT, ANY, ANY>()); });                           \
     }
 #define KERNELS(FORMAT, name)                                                                    \
     KERNEL(1024, decode_codes_##name, FORMAT, decode_shares<FORMAT, DenseSink<FORMAT, false>>)   \

@@ -20,15 +20,12 @@ use std::sync::Arc;
 pub(super) const PRODUCT_TOKENS: usize = 16;
 /// Tensors in a launch, as the kernels declare it.
 const MAX_TASKS: usize = 8;
-/// Warps of a thread block that has one row block: as many as bring in the activations fast enough.
+/// Warps of a thread block that has whole row blocks, at least: they bring in the activations.
 const ROW_WARPS: u32 = 8;
 /// Bytes of a warp where the codes of its first block wait for the activations (`EARLY_BYTES` in decode.cuh).
 const EARLY_BYTES: u32 = 2048;
 /// Columns of such a block.
 const EARLY_COLS: u32 = 512;
-/// Warps on a multiprocessor up to which decoding early pays: it takes half as many instructions more, which cost nothing while other kernels
-/// leave it idle.
-const EARLY_WARPS: u32 = 24;
 /// Bytes of a warp's window on its stream.
 const RING_BYTES: u32 = 2560;
 /// What a decode to rows needs: tiles where warps collect them.
@@ -231,7 +228,7 @@ struct Scratch {
 struct Strips {
     /// Blocks of a row that a warp takes at once.
     strip: usize,
-    /// Strips of a row block where a thread block takes just that; 0: its warps take any.
+    /// Strips that a thread block takes at once, of whole row blocks; 0: its warps take any.
     span: usize,
     /// Sums that strips leave to be added up.
     n_sums: usize,
@@ -747,18 +744,24 @@ impl EncodedKernels {
         let widest = matrices.clone().map(|m| m.description.n_col_blocks as usize).max().unwrap_or(1);
         let strips = (1..=widest).filter(|&strip| n_strips(strip) * sums <= PARTIALS);
         let n_row_blocks: usize = matrices.clone().map(EncodedMatrix::n_row_blocks).sum();
-        // Where all row blocks can have a thread block of their own at once, those add up their strips by themselves; and several fit on a
-        // multiprocessor, those of the next kernel beside the last of this one.
+        // Where thread blocks can have whole row blocks, all at once, they add up the strips by themselves. With few blocks each has one, so that
+        // several fit on a multiprocessor, those of the next kernel beside the last of this one.
         let per_row = matrices.clone().next().map_or(1, |m| m.n_strips(1));
         let table_bytes = matrices.clone().map(EncodedMatrix::table_bytes).max().unwrap_or(0);
-        let warps = ROW_WARPS.max(per_row as u32);
+        let few: usize = std::env::var("CODECLLM_T").map_or(12, |v| v.parse().unwrap());
+        let rows_at_once = match n_row_blocks * per_row <= few * self.n_multiprocessors as usize {
+            true => 1,
+            false => n_row_blocks.div_ceil(self.n_multiprocessors as usize),
+        };
+        let n_ctas = n_row_blocks.div_ceil(rows_at_once.max(1));
+        let warps = ROW_WARPS.max((per_row * rows_at_once) as u32);
         let at_once =
             (needs.warps / warps).min((self.shared_limit + 1024) / (needs.shared_bytes(table_bytes, warps) + 2048));
         let alone = n_tokens == 1
             && matrices.clone().all(|m| m.n_strips(1) == per_row)
-            && n_row_blocks <= (at_once * self.n_multiprocessors) as usize;
+            && n_ctas <= (at_once * self.n_multiprocessors) as usize;
         let (strip, span) = match alone {
-            true => (1, per_row),
+            true => (1, per_row * rows_at_once),
             false => (strips.min_by_key(|&strip| cost(strip)).unwrap_or(widest), 0),
         };
         let n_sums = n_strips(strip) * sums;
@@ -775,8 +778,7 @@ impl EncodedKernels {
     /// Sets the tasks of products: how many blocks of a row a warp takes, and where its sums go.
     fn add_tasks(&self, scratch: &Scratch, launch: &mut Launch, jobs: &[Job<'_>], needs: Needs) -> Result<()> {
         let n_tokens = launch.n_tokens as usize;
-        let Strips { strip, span, n_sums: all_sums } = self.strips(jobs.iter().map(|job| job.0), n_tokens, needs)?;
-        let leaves_room = all_sums / BLOCK_ROWS <= (EARLY_WARPS * self.n_multiprocessors) as usize;
+        let Strips { strip, span, .. } = self.strips(jobs.iter().map(|job| job.0), n_tokens, needs)?;
         let (mut n_sums, mut n_row_blocks) = (0, 0);
         for (task, &(m, bias, out, adds)) in launch.tasks.iter_mut().zip(jobs) {
             let n_strips = m.n_strips(strip);
@@ -789,7 +791,7 @@ impl EncodedKernels {
                 strip: strip as u32,
                 n_strips: n_strips as u32,
                 span: span as u32,
-                early: (span > 0 && leaves_room && m.decodes_early()).into(),
+                early: (span > 0 && m.decodes_early()).into(),
                 codec: m.codec,
                 adds: adds.into(),
                 ..Default::default()
