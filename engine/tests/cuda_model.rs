@@ -19,7 +19,8 @@ use std::path::{Path, PathBuf};
 
 /// The rms of the logits' differences, over the rms of the logits, token by token: keys and values are kept in BF16.
 const TOLERANCE: f32 = 1e-2;
-/// The same where more than 16 tokens pass together: their activations are rounded to BF16 before each product.
+/// The same where more than 16 tokens pass together: their activations are rounded to BF16 before each product. And where weights are, of formats that are
+/// not `bf16`.
 const TOLERANCE_MANY: f32 = 2e-2;
 
 const TINY: [&str; 8] = [
@@ -81,10 +82,15 @@ fn rms(x: &[f32]) -> f32 {
 
 /// Asserts that the logits of both models agree for `n_tokens` tokens, fed in chunks.
 fn compare(name: &str, cpu: &Model, cuda: &Model<CudaBackend>, n_tokens: usize) {
+    compare_within(TOLERANCE, name, cpu, cuda, n_tokens);
+}
+
+/// The same, chunks of up to 16 tokens within `few`.
+fn compare_within(few: f32, name: &str, cpu: &Model, cuda: &Model<CudaBackend>, n_tokens: usize) {
     let vocab_size = cpu.config().vocab_size;
     let tokens: Vec<u32> = (0..n_tokens as u32).map(|i| (i * 7919 + 13) % vocab_size as u32).collect();
     let expected = cpu.forward(&tokens, &mut cpu.new_cache(n_tokens).unwrap(), Logits::All).unwrap();
-    for (chunk, tolerance) in [(1, TOLERANCE), (7, TOLERANCE), (n_tokens, TOLERANCE_MANY)] {
+    for (chunk, tolerance) in [(1, few), (7, few), (n_tokens, TOLERANCE_MANY)] {
         let mut cache = cuda.new_cache(n_tokens).unwrap();
         let found: Vec<f32> =
             tokens.chunks(chunk).flat_map(|c| cuda.forward(c, &mut cache, Logits::All).unwrap()).collect();
@@ -144,8 +150,8 @@ fn spare_memory_keeps_the_first_layers_decoded() {
     assert_eq!((used(&all).n_decoded_layers, all.weight_bytes()), (n_layers, plain.weight_bytes()));
     assert!(logits(&all) == expected, "the decoded weights are not those of the checkpoint");
 
-    // Some of it.
-    let budget = least.total_bytes() + (used(&all).decoded_bytes - least.other_weight_bytes) / 2;
+    // Some of it. (Where all is decoded, what decoded matrices for prompts is free, too: half of the difference would do for all.)
+    let budget = least.total_bytes() + (used(&all).decoded_bytes - least.other_weight_bytes) / 4;
     let some = keep(CachePolicy::Lossless, budget).unwrap();
     let memory = used(&some);
     assert!((1..n_layers).contains(&memory.n_decoded_layers), "{memory:?}");
@@ -165,7 +171,8 @@ fn spare_memory_keeps_the_first_layers_decoded() {
         let mut model = on_cuda(&config, &int8).unwrap();
         model.keep_decoded(policy, u64::MAX >> 1, 50, Logits::Last).unwrap();
         assert_eq!(used(&model).n_decoded_layers, n, "{policy:?}");
-        compare("qwen3 int8, kept", &on_cpu(&config, &int8), &model, 50);
+        let few = if n == 0 { TOLERANCE } else { TOLERANCE_MANY };
+        compare_within(few, "qwen3 int8, kept", &on_cpu(&config, &int8), &model, 50);
     }
 }
 
@@ -265,10 +272,11 @@ fn coder_zstd_agrees_with_the_cpu_where_nvcomp_is_installed() {
                 }
             };
             let (cpu, n_tokens) = (on_cpu(&config, &source), 60.min(config.max_positions));
-            compare(&format!("{name} {format} zstd"), &cpu, &cuda, n_tokens);
+            let few = if format == Format::Bf16 { TOLERANCE } else { TOLERANCE_MANY };
+            compare_within(few, &format!("{name} {format} zstd"), &cpu, &cuda, n_tokens);
             cuda.keep_decoded(CachePolicy::Any, u64::MAX >> 1, n_tokens, Logits::All).unwrap();
             assert_eq!(cuda.memory().unwrap().n_decoded_layers, config.n_layers);
-            compare(&format!("{name} {format} zstd, kept decoded"), &cpu, &cuda, n_tokens);
+            compare_within(few, &format!("{name} {format} zstd, kept decoded"), &cpu, &cuda, n_tokens);
         }
     }
 }

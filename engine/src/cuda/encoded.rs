@@ -24,8 +24,11 @@ const MAX_TASKS: usize = 8;
 const ROW_WARPS: u32 = 8;
 /// Bytes of a warp where the codes of its first block wait for the activations (`EARLY_BYTES` in decode.cuh).
 const EARLY_BYTES: u32 = 2048;
-/// Columns of such a block.
+/// Columns of such a block, at most.
 const EARLY_COLS: u32 = 512;
+/// Warps on a multiprocessor up to which a product counts as small. Decoding early takes half as many instructions more, which cost nothing while
+/// other kernels leave the multiprocessor idle.
+const FEW_WARPS: u32 = 24;
 /// Bytes of a warp's window on its stream.
 const RING_BYTES: u32 = 2560;
 /// What a decode to rows needs: tiles where warps collect them.
@@ -230,6 +233,8 @@ struct Strips {
     strip: usize,
     /// Strips that a thread block takes at once, of whole row blocks; 0: its warps take any.
     span: usize,
+    /// Whether blocks are decoded before the activations are known, where that can be.
+    early: bool,
     /// Sums that strips leave to be added up.
     n_sums: usize,
 }
@@ -745,14 +750,11 @@ impl EncodedKernels {
         let strips = (1..=widest).filter(|&strip| n_strips(strip) * sums <= PARTIALS);
         let n_row_blocks: usize = matrices.clone().map(EncodedMatrix::n_row_blocks).sum();
         // Where thread blocks can have whole row blocks, all at once, they add up the strips by themselves. With few blocks each has one, so that
-        // several fit on a multiprocessor, those of the next kernel beside the last of this one.
+        // several fit on a multiprocessor, those of the next kernel beside the last of this one, and decode before the activations are there.
         let per_row = matrices.clone().next().map_or(1, |m| m.n_strips(1));
         let table_bytes = matrices.clone().map(EncodedMatrix::table_bytes).max().unwrap_or(0);
-        let few: usize = std::env::var("CODECLLM_T").map_or(12, |v| v.parse().unwrap());
-        let rows_at_once = match n_row_blocks * per_row <= few * self.n_multiprocessors as usize {
-            true => 1,
-            false => n_row_blocks.div_ceil(self.n_multiprocessors as usize),
-        };
+        let few = n_row_blocks * per_row <= (FEW_WARPS * self.n_multiprocessors) as usize;
+        let rows_at_once = if few { 1 } else { n_row_blocks.div_ceil(self.n_multiprocessors as usize) };
         let n_ctas = n_row_blocks.div_ceil(rows_at_once.max(1));
         let warps = ROW_WARPS.max((per_row * rows_at_once) as u32);
         let at_once =
@@ -772,13 +774,13 @@ impl EncodedKernels {
                 PARTIALS / sums
             )));
         }
-        Ok(Strips { strip, span, n_sums })
+        Ok(Strips { strip, span, early: few && alone, n_sums })
     }
 
     /// Sets the tasks of products: how many blocks of a row a warp takes, and where its sums go.
     fn add_tasks(&self, scratch: &Scratch, launch: &mut Launch, jobs: &[Job<'_>], needs: Needs) -> Result<()> {
         let n_tokens = launch.n_tokens as usize;
-        let Strips { strip, span, .. } = self.strips(jobs.iter().map(|job| job.0), n_tokens, needs)?;
+        let Strips { strip, span, early, .. } = self.strips(jobs.iter().map(|job| job.0), n_tokens, needs)?;
         let (mut n_sums, mut n_row_blocks) = (0, 0);
         for (task, &(m, bias, out, adds)) in launch.tasks.iter_mut().zip(jobs) {
             let n_strips = m.n_strips(strip);
@@ -791,7 +793,7 @@ impl EncodedKernels {
                 strip: strip as u32,
                 n_strips: n_strips as u32,
                 span: span as u32,
-                early: (span > 0 && m.decodes_early()).into(),
+                early: (early && m.decodes_early()).into(),
                 codec: m.codec,
                 adds: adds.into(),
                 ..Default::default()
