@@ -204,37 +204,25 @@ struct Reader {
         source += CHUNK, fetched += CHUNK, limit += CHUNK;
     }
 
-    // Asks for the first bytes of blocks `block` to `end`, which lie one behind the other.
-    __device__ __forceinline__ void open(const Matrix& m, u32 block, u32 end, u32 ring_, u32 lane_) {
+    // Asks for a block's first bytes.
+    __device__ __forceinline__ void open(const Matrix& m, u32 block, u32 ring_, u32 lane_) {
         const u32 first = m.offsets[block], lane = again(lane_);
-        bytes = (m.offsets[end] - first) * 16;
+        bytes = (m.offsets[block + 1] - first) * 16;
         source = m.stream + (u64)first * 16 + lane * 16;
         fetched = lane * 16;
         ring = limit = again(ring_);
         for (int i = 0; i < 4; i++) fetch(lane), commit_copies();
     }
 
-    // Begins the first block, once its states are there.
+    // The lanes' states, once they are there.
     __device__ __forceinline__ void begin(const Matrix& m, u32 lane) {
         to_top = 32 - m.table_bits, state_mask = ~0u << to_top, refill_at = 1u << to_top;
         lanes_below = (1u << lane) - 1;
         wait_copies<3>();
         __syncwarp();
-        next = ring;
-        begin_states(lane);
-    }
-
-    // Begins the block behind the one that was decoded, at the next 16 bytes.
-    __device__ __forceinline__ void begin_next(u32 lane) {
-        next = (next + 15) & ~15u;
-        refresh(lane);
-        begin_states(lane);
-    }
-
-    __device__ __forceinline__ void begin_states(u32 lane) {
-        x = shared_u16(next + 2 * lane) << 16;
+        x = shared_u16(ring + 2 * lane) << 16;
         scale = 1 << 16;
-        next += 64;
+        next = ring + 64;
     }
 
     // To be called before every eighth step at the latest, for eight take no more than a chunk. At most two chunks are on their
@@ -278,13 +266,10 @@ __device__ __forceinline__ void prefetch_raw(const Matrix& m, u32 i, u32 j, u32 
     for (u32 l = lane; l < lines; l += 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(raw + l * 32));
 }
 
-// The same for all that a block begins with.
-__device__ __forceinline__ void prefetch_block(const Matrix& m, u32 i, u32 j, u32 lane_) {
-    const u32 lane = again(lane_);
-    const u32* offset = m.offsets + i * m.n_col_blocks + j;
-    const u8* stream = m.stream + (u64)offset[0] * 16 + lane * 64;
-    if (lane * 4 < offset[1] - offset[0]) asm volatile("prefetch.global.L2 [%0];" ::"l"(stream));
-    prefetch_raw(m, i, j, lane);
+// The same for the first bytes of its stream.
+__device__ __forceinline__ void prefetch_stream(const Matrix& m, u32 block, u32 lane_) {
+    const u32 lane = again(lane_), first = m.offsets[block];
+    if (lane * 4 < m.offsets[block + 1] - first) asm volatile("prefetch.global.L2 [%0];" ::"l"(m.stream + (u64)first * 16 + lane * 64));
 }
 
 // Copies the table to the start of shared memory.
@@ -298,13 +283,13 @@ __device__ __forceinline__ u32 units_before(const Matrix& m, u32 block) {
     return block / m.n_col_blocks * m.n_units + min(block % m.n_col_blocks * (m.block_cols / 32), m.n_units);
 }
 
-// Decodes the blocks from `block` to `end`, which `reader` has opened, and calls sink.quad(unit, q, quad, whole) for all their quads (those of a
+// Decodes the blocks from `block` to `end`, of which `reader` has opened the first, and calls sink.quad(unit, q, quad, whole) for all their quads (those of a
 // last, partial unit included, which is not whole), sink.end_unit(unit) after each unit of 32 columns, and begin_block(i, j) and end_block() around
 // each block.
 template <int FORMAT, class C, class Sink>
 __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u32 table, u32 lane, u32 block, u32 end, Sink& sink) {
     const u32 units_per_block = m.block_cols / 32;
-    u32 i = block / m.n_col_blocks, j = block % m.n_col_blocks, n_blocks = end - block;
+    u32 i = block / m.n_col_blocks, j = block % m.n_col_blocks;
     const u32 first_unit = units_before(m, block);
     u32 rest = units_before(m, end) - first_unit;  // units that are left
     const u32 k = C::FIXED ? (u32)C::K : m.raw_bits;
@@ -314,9 +299,10 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
 #pragma unroll
         for (int b = 0; b < C::K; b++) ahead[b] = __ldcs(raw_next + 32 * b);
     }
-    reader.begin(m, lane);
 #pragma unroll 1
     for (;;) {
+        reader.begin(m, lane);
+        if (block + 1 < end) prefetch_stream(m, block + 1, lane);
         const u32 before = j * units_per_block, units = min(units_per_block, m.n_units - before), n_whole = min(units, m.n_cols / 32 - before);
         sink.begin_block(i, j);
         if constexpr (C::FIXED) {
@@ -375,14 +361,15 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
                 sink.end_unit(u);
             }
         }
+        // The last step may have read words that are the next block's, so that this one's end tells nothing of its begin.
+        wait_copies<0>();
+        __syncwarp();
+        if (++block < end) reader.open(m, block, reader.ring, lane);
         sink.end_block();
-        if (--n_blocks == 0) break;
+        if (block == end) break;
         rest -= units;
         if (++j == m.n_col_blocks) j = 0, i++;
-        reader.begin_next(lane);
     }
-    wait_copies<0>();
-    __syncwarp();
 }
 
 // The same in two parts, for codes with parts of one bit, eight a symbol: what depends on the stream, before the activations are known, and what depends on

@@ -759,7 +759,7 @@ __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
     const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, Sink::TILE_BYTES);
     Reader reader;
     if (first < end) {
-        reader.open(m, first, end, ring, lane);
+        reader.open(m, first, ring, lane);
         prefetch_raw(m, first / m.n_col_blocks, first % m.n_col_blocks, lane);
     }
     load_table(m, (uint2*)shared_memory);
@@ -786,8 +786,7 @@ __device__ __forceinline__ void go_over_strips(const Launch& launch, With with) 
     // What depends on no other kernel: the first block's bytes, and the table.
     Reader reader;
     auto open = [&](u32 item) {
-        const u32 i = item / task.n_strips, j = item % task.n_strips * task.strip, end = min(j + task.strip, m.n_col_blocks);
-        reader.open(m, i * m.n_col_blocks + j, i * m.n_col_blocks + end, ring, lane);
+        reader.open(m, item / task.n_strips * m.n_col_blocks + item % task.n_strips * task.strip, ring, lane);
     };
     if (first < n_items) {
         open(first);
@@ -821,7 +820,11 @@ __device__ __forceinline__ void go_over_strips(const Launch& launch, With with) 
                 finish_parts<decltype(codec)>(m, ring + RING_BYTES, lane, i, j, sink);
                 sink.end_block();
             } else {
-                if (item < n_items) prefetch_block(m, item / task.n_strips, item % task.n_strips * task.strip, lane);
+                if (item < n_items) {
+                    const u32 next_i = item / task.n_strips, next_j = item % task.n_strips * task.strip;
+                    prefetch_stream(m, next_i * m.n_col_blocks + next_j, lane);
+                    prefetch_raw(m, next_i, next_j, lane);
+                }
                 const u32 row = i * m.n_col_blocks, end = min(j + task.strip, m.n_col_blocks);
                 decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, row + j, row + end, sink);
                 if (item < n_items) open(item);
@@ -846,7 +849,7 @@ __device__ __forceinline__ void gather(const Launch& launch, With with) {
     float* out = (float*)task.out + (u64)blockIdx.y * m.n_cols;
     Reader reader;
     const u32 block = token / 32 * m.n_col_blocks + blockIdx.x;
-    reader.open(m, block, block + 1, warp_memory(m, 0), lane);
+    reader.open(m, block, warp_memory(m, 0), lane);
     GatherSink<FORMAT> sink{m, out, {}, lane, token / 32, token % 32, 0, scale_of<FORMAT>(m, token)};
     with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, block, block + 1, sink); });
 }

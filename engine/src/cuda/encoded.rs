@@ -956,8 +956,32 @@ mod tests {
         (2, 13, 8, 5, 512),
     ];
 
+    /// Tensors of so many blocks that each warp takes several, one behind the other.
+    fn many_blocks() -> Vec<(String, EncodedTensor)> {
+        let source = tensor(2080, 4096, 21);
+        let codecs = [
+            (Format::Int8, 8, 10, 4, 1, 0),
+            (Format::Int8, 4, 10, 6, 2, 0),
+            (Format::Fp8, 2, 13, 3, 4, 0),
+            (Format::Bf16, 4, 12, 9, 3, 117 << 7),
+        ];
+        let encode = |(format, parts_per_symbol, table_bits, raw_bits, part_bits, bias)| {
+            let params = Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols: 32, bias };
+            let options = EncodeOptions { format, params: Some(params), ..Default::default() };
+            (format!("2080 × 4096 {format} {params:?}"), parse(encode_tensor(&source, &options).unwrap()))
+        };
+        codecs.map(encode).into()
+    }
+
     fn parse(bytes: Vec<u8>) -> EncodedTensor {
         EncodedTensor::parse(bytes.into(), Checks::Full).unwrap()
+    }
+
+    #[test]
+    fn many_blocks_have_kernels_of_their_own() {
+        for (what, t) in many_blocks() {
+            assert!(is_fast(kernel_format(&t.layout()), t.params().unwrap()), "{what}");
+        }
     }
 
     fn code_bytes(tensor: &EncodedTensor) -> Vec<u8> {
@@ -998,7 +1022,7 @@ mod tests {
     fn decodes_to_the_codes_of_the_plain_decoder() {
         let Some((device, kernels)) = gpu() else { return };
         let stream = device.stream();
-        let all: Vec<_> = vectors().into_iter().chain(tensors()).collect();
+        let all: Vec<_> = vectors().into_iter().chain(tensors()).chain(many_blocks()).collect();
         // Twelve at once, of any kind.
         for tensors in all.chunks(12) {
             let made = tensors.iter().map(|(_, t)| EncodedMatrix::new(&device, &kernels, t).unwrap());
@@ -1052,7 +1076,7 @@ mod tests {
         let Some((device, kernels)) = gpu() else { return };
         let mut operand = kernels.operand(&device, 4096).unwrap();
         let stream = device.stream();
-        for (what, t) in vectors().into_iter().chain(tensors()) {
+        for (what, t) in vectors().into_iter().chain(tensors()).chain(many_blocks()) {
             let matrix = EncodedMatrix::new(&device, &kernels, &t).unwrap();
             let (n_rows, n_cols) = (t.n_rows(), t.n_cols());
             let bias = random(n_rows, 5);
