@@ -963,7 +963,7 @@ mod tests {
             (Format::Int8, 8, 10, 4, 1, 0),
             (Format::Int8, 4, 10, 6, 2, 0),
             (Format::Fp8, 2, 13, 3, 4, 0),
-            (Format::Bf16, 4, 12, 9, 3, 117 << 7),
+            (Format::Bf16, 4, 12, 9, 3, 116 << 7),
         ];
         let encode = |(format, parts_per_symbol, table_bits, raw_bits, part_bits, bias)| {
             let params = Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols: 32, bias };
