@@ -61,6 +61,7 @@ impl Prefer {
             (Self::Speed, 2) => 0.45 + 0.01 * table,
             // Eight parts of one bit: where the codes are integers, GPU kernels have them.
             (Self::Speed, 8) if format.is_integer() => 0.01 * table,
+            (Self::Speed, 4) if format.is_integer() => 0.30 + 0.01 * table,
             (Self::Speed, 4) => 0.16 + 0.01 * table,
             (Self::Speed, _) => 1.0,
         };
@@ -72,9 +73,8 @@ impl Prefer {
         let limit = match self {
             Self::Size => 2048,
             Self::Balanced => 1024,
-            // Few columns: a GPU is done before it has begun, unless many blocks share the work.
-            Self::Speed if n_cols <= 2048 => 256,
-            Self::Speed => 512,
+            // Many blocks share a GPU's work evenly.
+            Self::Speed => 256,
         };
         (n_cols.div_ceil(n_cols.div_ceil(limit)).next_multiple_of(32)) as u32
     }

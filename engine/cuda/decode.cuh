@@ -69,6 +69,9 @@ __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// For lambdas whose captures have to stay in registers.
+#define INLINE __attribute__((always_inline))
+
 // A condition that is known where the code is compiled, or only at run time.
 template <bool B>
 __device__ __forceinline__ constexpr bool holds(std::bool_constant<B>) { return B; }
@@ -178,11 +181,26 @@ __device__ __noinline__ Quad assemble_any(const Matrix& m, u64 parts, const u32*
     return {codes[0] | codes[1] << 8 | codes[2] << 16 | codes[3] << 24, 0};
 }
 
-// A warp's window on a block's stream: four chunks of 512 bytes, and the first again behind the last, so that reads that begin within the
-// ring need not wrap.
+// An offset, asked for here even where it is needed much later.
+__device__ __forceinline__ u32 offset_at(const Matrix& m, u32 block) {
+    u32 offset;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(offset) : "l"(m.offsets + block));
+    return offset;
+}
+
+// Where the streams of the blocks from `block` to `end` lie, in units of 16 bytes.
+struct Stream {
+    u32 begin, end;
+    __device__ __forceinline__ Stream(const Matrix& m, u32 block, u32 end) : begin(offset_at(m, block)), end(offset_at(m, end)) {}
+};
+
+// A warp's window on the streams of consecutive blocks: four chunks of 512 bytes, and the first again behind the last, so that reads that begin
+// within the ring need not wrap.
 constexpr u32 PREFETCH = 4;  // units of raw bits; with eight, a launch that writes much drives them from the L2 cache before their turn
 constexpr u32 EARLY_UNITS = 16, EARLY_BYTES = EARLY_UNITS * 128;  // see decode_parts
 constexpr u32 CHUNK = 512, RING = 2048, RING_BYTES = RING + CHUNK;
+// What the last step of a block may read of the next one's words: one a lane.
+constexpr u32 OVERRUN = 64;
 
 struct Reader {
     u32 x;      // state in the top T bits, then the bits that wait, then zeros
@@ -204,33 +222,55 @@ struct Reader {
         source += CHUNK, fetched += CHUNK, limit += CHUNK;
     }
 
-    // Asks for a block's first bytes.
-    __device__ __forceinline__ void open(const Matrix& m, u32 block, u32 ring_, u32 lane_) {
-        const u32 first = m.offsets[block], lane = again(lane_);
-        bytes = (m.offsets[block + 1] - first) * 16;
-        source = m.stream + (u64)first * 16 + lane * 16;
+    // Asks for the first bytes of a stream, in four groups of copies.
+    __device__ __forceinline__ void open(const Matrix& m, Stream stream, u32 ring_, u32 lane_) {
+        const u32 lane = again(lane_);
+        bytes = (stream.end - stream.begin) * 16;
+        source = m.stream + (u64)stream.begin * 16 + lane * 16;
         fetched = lane * 16;
         ring = limit = again(ring_);
+#pragma unroll 1
         for (int i = 0; i < 4; i++) fetch(lane), commit_copies();
+        next = ring;
     }
 
-    // The lanes' states, once they are there.
+    // The lanes' states in the first block, once they are there.
     __device__ __forceinline__ void begin(const Matrix& m, u32 lane) {
         to_top = 32 - m.table_bits, state_mask = ~0u << to_top, refill_at = 1u << to_top;
         lanes_below = (1u << lane) - 1;
         wait_copies<3>();
         __syncwarp();
-        x = shared_u16(ring + 2 * lane) << 16;
+        begin_block(lane);
+    }
+    __device__ __forceinline__ void begin_block(u32 lane) {
+        x = shared_u16(next + 2 * lane) << 16;
         scale = 1 << 16;
-        next = ring + 64;
+        next += 64;
     }
 
-    // To be called before every eighth step at the latest, for eight take no more than a chunk. At most two chunks are on their
-    // way afterwards, so that one is there.
+    // On to `block`, the one behind that which was decoded last; its stream begins at 16 · `offset`. That is near `next`, but not there: what pads
+    // the stream was not read, while the last step may have read words that are not its block's.
+    __device__ __forceinline__ void go_on(const Matrix& m, u32 block, u32 end, u32 offset, u32 lane) {
+        const u32 ahead = (u32)(source - m.stream) - lane * 16 - offset * 16;  // what was asked for and is not decoded
+        if (ahead <= RING) {
+            next = limit - ahead;
+            if ((i32)(next - ring) < 0) next += RING, limit += RING;
+        } else {
+            // A stream with more or fewer words than its block takes, as no encoder makes it.
+            wait_copies<0>();
+            __syncwarp();
+            open(m, Stream(m, block, end), ring, lane);
+        }
+        refresh(lane);
+        begin_block(lane);
+    }
+
+    // To be called before every eighth step at the latest, for eight read no more than 448 bytes (T is at most 14). At most two chunks are on their way
+    // afterwards, so that these are there.
     __device__ __forceinline__ void refresh(u32 lane) {
         __syncwarp();
         if (next >= ring + RING) next -= RING, limit -= RING;
-        if (limit - next <= RING - CHUNK) fetch(lane);
+        if (limit - next <= RING - CHUNK - OVERRUN) fetch(lane);
         commit_copies();
         wait_copies<2>();
         __syncwarp();
@@ -266,16 +306,10 @@ __device__ __forceinline__ void prefetch_raw(const Matrix& m, u32 i, u32 j, u32 
     for (u32 l = lane; l < lines; l += 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(raw + l * 32));
 }
 
-// The same for the first bytes of its stream.
-__device__ __forceinline__ void prefetch_stream(const Matrix& m, u32 block, u32 lane_) {
-    const u32 lane = again(lane_), first = m.offsets[block];
-    if (lane * 4 < m.offsets[block + 1] - first) asm volatile("prefetch.global.L2 [%0];" ::"l"(m.stream + (u64)first * 16 + lane * 64));
-}
-
-// Copies the table to the start of shared memory.
-__device__ __forceinline__ void load_table(const Matrix& m, uint2* table) {
-#pragma unroll 8
-    for (u32 i = threadIdx.x; i < 1u << (m.table_bits - 1); i += blockDim.x) ((uint4*)table)[i] = ((const uint4*)m.table)[i];
+// Asks for the table to be copied to shared memory, by `n_threads` threads of which this is `thread`: one group of copies.
+__device__ __forceinline__ void copy_table(const Matrix& m, u32 table, u32 thread, u32 n_threads) {
+    for (u32 i = thread; i < 1u << (m.table_bits - 1); i += n_threads) copy_async(table + i * 16, m.table + 2 * i);
+    commit_copies();
 }
 
 // Units of raw bits before a block, of all blocks row by row.
@@ -283,9 +317,9 @@ __device__ __forceinline__ u32 units_before(const Matrix& m, u32 block) {
     return block / m.n_col_blocks * m.n_units + min(block % m.n_col_blocks * (m.block_cols / 32), m.n_units);
 }
 
-// Decodes the blocks from `block` to `end`, of which `reader` has opened the first, and calls sink.quad(unit, q, quad, whole) for all their quads (those of a
-// last, partial unit included, which is not whole), sink.end_unit(unit) after each unit of 32 columns, and begin_block(i, j) and end_block() around
-// each block.
+// Decodes the blocks from `block` to `end`, which `reader` has opened, and calls sink.quad(unit, q, quad, whole) for all their quads (those of a
+// last, partial unit included, which is not whole), sink.end_unit(unit) after each unit of 32 columns, begin_block(i, j) and end_block() around
+// each block, and end_row() after the last block of a row block, or of all.
 template <int FORMAT, class C, class Sink>
 __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u32 table, u32 lane, u32 block, u32 end, Sink& sink) {
     const u32 units_per_block = m.block_cols / 32;
@@ -295,14 +329,16 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
     const u32 k = C::FIXED ? (u32)C::K : m.raw_bits;
     const u32* raw_next = m.raw + (u64)first_unit * k * 32 + lane;
     u32 raw[C::N_RAW], ahead[C::N_RAW];
-    if constexpr (C::FIXED) {
+    auto load_raw = [&](const u32* from) INLINE {
 #pragma unroll
-        for (int b = 0; b < C::K; b++) ahead[b] = __ldcs(raw_next + 32 * b);
-    }
+        for (int b = 0; b < C::K; b++) ahead[b] = __ldcs(from + 32 * b);
+    };
+    if constexpr (C::FIXED) load_raw(raw_next);
+    reader.begin(m, lane);
 #pragma unroll 1
     for (;;) {
-        reader.begin(m, lane);
-        if (block + 1 < end) prefetch_stream(m, block + 1, lane);
+        // The next block's, loaded here for it to be there when it is needed.
+        const u32 offset = offset_at(m, block + 1);
         const u32 before = j * units_per_block, units = min(units_per_block, m.n_units - before), n_whole = min(units, m.n_cols / 32 - before);
         sink.begin_block(i, j);
         if constexpr (C::FIXED) {
@@ -311,14 +347,12 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
 #pragma unroll
                 for (int b = 0; b < C::K; b++) raw[b] = ahead[b];
                 raw_next += 32 * C::K;
-                // The load a unit ahead does not cover device memory's latency.
+                // The loads ahead do not cover device memory's latency.
                 if (lane < C::K && u + PREFETCH < rest) {
                     asm volatile("prefetch.global.L2 [%0];" ::"l"(raw_next + (PREFETCH - 1) * 32 * C::K + 31 * lane));
                 }
-                if (u + 1 < rest) {
-#pragma unroll
-                    for (int b = 0; b < C::K; b++) ahead[b] = __ldcs(raw_next + 32 * b);
-                }
+                // Always, if only the same again, so that nothing chooses between what is loaded and what is not, and waits for it.
+                load_raw(u + 1 < rest ? raw_next : raw_next - 32 * C::K);
                 if (STEPS >= 8 || u % 2 == 0) reader.refresh(lane);
                 u32 y[STEPS];
 #pragma unroll
@@ -361,15 +395,16 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
                 sink.end_unit(u);
             }
         }
-        // The last step may have read words that are the next block's, so that this one's end tells nothing of its begin.
-        wait_copies<0>();
-        __syncwarp();
-        if (++block < end) reader.open(m, block, reader.ring, lane);
         sink.end_block();
-        if (block == end) break;
+        const bool ends = ++j == m.n_col_blocks;
+        if (ends) j = 0, i++;
+        if (++block == end) break;
+        if (ends) sink.end_row();
         rest -= units;
-        if (++j == m.n_col_blocks) j = 0, i++;
+        reader.go_on(m, block, end, offset, lane);
     }
+    sink.end_row();
+    wait_copies<0>();
 }
 
 // The same in two parts, for codes with parts of one bit, eight a symbol: what depends on the stream, before the activations are known, and what depends on

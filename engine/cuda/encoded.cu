@@ -12,13 +12,8 @@ struct Task {
     Matrix matrix;
     void* out;          // codes u8 or u16, or bf16 [n_rows, n_cols]; products and gathered rows: f32 [n_tokens, n_rows or n_cols]
     const float* bias;  // [n_rows], added to products; may be null
-    u64* partials;      // [row block][strip][token][32]: i64 (int8) or double
-    u32* arrived;       // [row block]: strips that are done; zero before and after a launch
     u32 first_cta, n_ctas;
-    u32 strip;          // blocks of a row that a warp takes at once
-    u32 n_strips;
-    u32 span;           // blocks that a thread block takes at once, of whole row blocks, a warp each; 0: warps take any strips
-    u32 early;          // with a span: the codes are decoded before the activations are known
+    u32 early;          // no warp has more than a block, and its codes are decoded before the activations are known
     u32 codec;          // G and K, or 0 for any: see with_codec
     u32 adds;           // the product is added to what `out` holds
 };
@@ -30,7 +25,9 @@ struct Launch {
     const u32* tokens;    // gather: [n_tokens], the rows
     const float* norm;    // one token: [n_cols], the weight of an RMS norm that x goes through; may be null
     float eps;
-    u32 gated;            // there are two products of as many rows; the first one's output is silu(first) * second
+    u32 gated;            // there are two products of as many rows, of which each thread block has both; the first one's output is silu(first) * second
+    u32 table_bytes;      // of the largest table
+    u32 n_slots;          // of sums, of a task and thread block
 };
 
 template <int FORMAT>
@@ -122,26 +119,32 @@ struct Tile {
     }
 };
 
-// A block's patches, in the order of columns.
+// A block's patches, in the order of columns; each lane holds one of 32, which lie at a multiple of 32 in the list and were loaded long before they are
+// needed. (To load what comes next after every unit made products of 16 tokens slower by a tenth.)
 struct Patches {
     const u32* list;
-    u32 next, end;
+    u32 next, end, held;
 
-    __device__ __forceinline__ void begin(const Matrix& m, u32 block) {
+    __device__ __forceinline__ void begin(const Matrix& m, u32 block, u32 lane) {
         list = m.patches;
         next = end = 0;
         if (m.patch_offsets) next = m.patch_offsets[block], end = m.patch_offsets[block + 1];
+        load(lane);
     }
+    __device__ __forceinline__ void load(u32 lane) {
+        if (next < end) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(held) : "l"(list + min((next & ~31u) + lane, end - 1)));
+    }
+    // Whether this lane's is not yet done.
+    __device__ __forceinline__ bool waits(u32 lane) const { return lane >= next % 32 && (next & ~31u) + lane < end; }
     // Calls f(row, column, code) for those below column `stop` that are not yet done, each in one lane.
     template <class F>
     __device__ __forceinline__ void until(u32 stop, u32 lane, F f) {
         while (next < end) {
-            const u32 patch = next + lane < end ? list[next + lane] : ~0u;
-            const bool now = next + lane < end && patch >> 21 < stop;
-            if (now) f(patch >> 16 & 31, patch >> 21, patch & 0xffff);
-            const u32 done = __popc(__ballot_sync(FULL, now));
-            next += done;
-            if (done < 32) break;
+            const bool now = waits(lane) && held >> 21 < stop;
+            if (now) f(held >> 16 & 31, held >> 21, held & 0xffff);
+            next += __popc(__ballot_sync(FULL, now));
+            if (next % 32 || !__any_sync(FULL, now)) break;
+            load(lane);
         }
     }
 };
@@ -165,35 +168,21 @@ __device__ __forceinline__ double fixed_unit(float ratio, bool finite) {
     return !finite ? __longlong_as_double(0x7ff8000000000000) : ratio > 0 ? 1.0 / (double)ratio : 0.0;
 }
 
-// Each of a token's activations as 16-bit fixed point: all threads of the block together
-// call put(column, high, low) for all columns up to a multiple of 32. `x` null stands for zeros. Returns what one is worth.
-template <class Put>
-__device__ __forceinline__ double to_fixed(const float* x, u32 n_cols, Put put) {
-    __shared__ float warp_max[32];
-    __shared__ u32 all_finite;
-    if (threadIdx.x == 0) all_finite = 1;
-    __syncthreads();
-    float most = 0;
-    bool finite = true;
-#pragma unroll 4
-    for (u32 c = threadIdx.x; x && c < n_cols; c += blockDim.x) {
-        const float v = fabsf(x[c]);
-        most = fmaxf(most, v);
-        finite = finite && v < __int_as_float(0x7f800000);
-    }
-    for (int s = 16; s > 0; s >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, s));
-    if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = most;
-    if (!finite) all_finite = 0;
-    __syncthreads();
-    most = 0;
-    for (u32 w = 0; w < blockDim.x / 32; w++) most = fmaxf(most, warp_max[w]);
-    const float ratio = fixed_ratio(most, all_finite);
-#pragma unroll 4
-    for (u32 c = threadIdx.x; c < (n_cols + 31) / 32 * 32; c += blockDim.x) {
-        const Fixed fixed(x && c < n_cols ? x[c] : 0, ratio);
-        put(c, fixed.high, fixed.low);
-    }
-    return fixed_unit(ratio, all_finite);
+__device__ __forceinline__ u32 pack(i32 a, i32 b, i32 c, i32 d) { return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410); }
+__device__ __forceinline__ u32 pack(float a, float b) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+    return *(const u32*)&pair;
+}
+// What bf16 numbers leave of them.
+__device__ __forceinline__ float4 rest(float4 v) {
+    auto of = [](float v) { return v - __bfloat162float(__float2bfloat16_rn(v)); };
+    return {of(v.x), of(v.y), of(v.z), of(v.w)};
+}
+
+// Columns 4i to 4i + 3 of rows that do not begin at multiples of 16 bytes. Not inline: rarely run, and long.
+__device__ __noinline__ float4 ragged_quad(const float* from, u32 i, u32 n_cols) {
+    auto at = [&](u32 c) { return c < n_cols ? from[c] : 0.0f; };
+    return {at(4 * i), at(4 * i + 1), at(4 * i + 2), at(4 * i + 3)};
 }
 
 // One token's activations, read by all threads of the block together, times the norm's weight. `held` are those of the first
@@ -208,35 +197,38 @@ struct Input {
     bool finite = true;
 
     __device__ __forceinline__ float4 quad(const float* from, u32 i) const {
-        if (n_cols % 4 == 0) return 4 * i < n_cols ? ((const float4*)from)[i] : float4{};
-        auto at = [&](u32 c) { return c < n_cols ? from[c] : 0.0f; };
-        return {at(4 * i), at(4 * i + 1), at(4 * i + 2), at(4 * i + 3)};
+        if (n_cols % 4) return ragged_quad(from, i, n_cols);
+        return 4 * i < n_cols ? ((const float4*)from)[i] : float4{};
     }
-    // Columns 4i to 4i + 3, and whether their squares were counted before.
-    __device__ __forceinline__ float4 load(u32 i, bool counts) {
-        float4 v = quad(x, i);
-        if (counts) squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-        if (norm) {
-            const float4 w = quad(norm, i);
-            v.x *= w.x, v.y *= w.y, v.z *= w.z, v.w *= w.w;
-        }
-        if (!counts) return v;
+    __device__ __forceinline__ float4 weights(u32 i) const { return norm ? quad(norm, i) : float4{1, 1, 1, 1}; }
+    static __device__ __forceinline__ float4 times(float4 v, float4 w) { return {v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w}; }
+    __device__ __forceinline__ float4 count(float4 v, float4 w) {
+        squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        v = times(v, w);
         const float a = fmaxf(fabsf(v.x), fabsf(v.y)), b = fmaxf(fabsf(v.z), fabsf(v.w));
         most = fmaxf(most, fmaxf(a, b));
         const float inf = __int_as_float(0x7f800000);
         finite = finite && fabsf(v.x) < inf && fabsf(v.y) < inf && fabsf(v.z) < inf && fabsf(v.w) < inf;
         return v;
     }
-    // Reads all; afterwards `squares`, `most` and `finite` are the block's.
-    __device__ __forceinline__ Input(const Launch& launch, u32 n_cols) : x((const float*)launch.x), norm(launch.norm), n_cols(n_cols) {
-        __shared__ float partial[2][32];
-        n_quads = (n_cols + 31) / 32 * 8;
+    // Asks for the first columns. `x` null stands for zeros.
+    __device__ __forceinline__ Input(const float* x, const float* norm, u32 n_cols)
+        : x(x), norm(norm), n_cols(x ? n_cols : 0), n_quads((n_cols + 31) / 32 * 8) {
 #pragma unroll
         for (u32 h = 0; h < HELD; h++) {
             const u32 i = threadIdx.x + h * blockDim.x;
-            held[h] = i < n_quads ? load(i, true) : float4{};
+            held[h] = i < n_quads ? quad(x, i) : float4{};
         }
-        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) load(i, true);
+    }
+    // Reads all; afterwards `squares`, `most` and `finite` are the block's.
+    __device__ __forceinline__ void read() {
+        __shared__ float partial[2][32];
+        float4 w[HELD];
+#pragma unroll
+        for (u32 h = 0; h < HELD; h++) w[h] = weights(threadIdx.x + h * blockDim.x);
+#pragma unroll
+        for (u32 h = 0; h < HELD; h++) held[h] = count(held[h], w[h]);
+        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) count(quad(x, i), weights(i));
         const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         squares = warp_sum(squares), most = warp_max(most);
         if (lane == 0) partial[0][warp] = squares, partial[1][warp] = most;
@@ -254,7 +246,7 @@ struct Input {
             const u32 i = threadIdx.x + h * blockDim.x;
             if (i < n_quads) put(i, held[h]);
         }
-        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) put(i, load(i, false));
+        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) put(i, times(quad(x, i), weights(i)));
     }
 };
 
@@ -277,7 +269,7 @@ struct DenseSink {
     __device__ __forceinline__ void begin_block(u32 i_, u32 j) {
         i = i_, scale = VALUES && i * 32 + lane < m.n_rows ? scale_of<FORMAT>(m, i * 32 + lane) : 0;
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
-        patches.begin(m, i * m.n_col_blocks + j);
+        patches.begin(m, i * m.n_col_blocks + j, lane);
     }
     template <class W>
     __device__ __forceinline__ void quad(u32, int q, Quad quad, W) {
@@ -327,6 +319,7 @@ struct DenseSink {
         __syncwarp();
     }
     __device__ __forceinline__ void end_block() {}
+    __device__ __forceinline__ void end_row() {}
 };
 
 // One row of the row block, as f32, to a token's place.
@@ -342,7 +335,7 @@ struct GatherSink {
 
     __device__ __forceinline__ void begin_block(u32, u32 j) {
         first_col = j * m.block_cols;
-        patches.begin(m, i * m.n_col_blocks + j);
+        patches.begin(m, i * m.n_col_blocks + j, lane);
     }
     template <class W>
     __device__ __forceinline__ void quad(u32 u, int q, Quad quad, W) {
@@ -360,82 +353,10 @@ struct GatherSink {
             if (r == row) out[first_col + col] = value_of<FORMAT>(code) * scale;
         });
     }
+    __device__ __forceinline__ void end_row() {}
 };
 
-__device__ __forceinline__ void add(i64& sum, u64 partial) { sum += (i64)partial; }
-__device__ __forceinline__ void add(double& sum, u64 partial) { sum += __longlong_as_double((i64)partial); }
-
-// Row `i * 32 + lane` of the product for TOKENS tokens from `first` on: its parts, added up in their order, times the scale, and the bias.
-template <int FORMAT, int TOKENS>
-__device__ __forceinline__ void add_up(const Task& task, const Launch& launch, double unit, u32 i, u32 lane, u32 first, float (&y)[TOKENS]) {
-    const u32 row = i * 32 + lane, n_tokens = launch.n_tokens, n_parts = task.span ? 1 : task.n_strips;
-    const bool exists = row < task.matrix.n_rows;
-    const float scale = exists ? scale_of<FORMAT>(task.matrix, row) : 0, bias = task.bias && exists ? task.bias[row] : 0;
-    typename std::conditional<FORMAT == INT8, i64, double>::type sums[TOKENS] = {};
-    const u64* from = task.partials + ((u64)i * n_parts * n_tokens + first) * 32 + lane;
-#pragma unroll (8 / TOKENS)
-    for (u32 s = 0; s < n_parts; s++, from += n_tokens * 32) {
-#pragma unroll
-        for (int t = 0; t < TOKENS; t++) {
-            if (TOKENS == 1 || first + t < n_tokens) add(sums[t], __ldcg(from + t * 32));
-        }
-    }
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-        const double factor = (double)scale * (FORMAT == INT8 && TOKENS > 1 && first + t < n_tokens ? launch.units[first + t] : unit);
-        y[t] = (float)((double)sums[t] * factor);
-        if (task.bias) y[t] += bias;
-    }
-}
-
-// Adds up the parts of a row block, once the last of them is there, always in the same order. Takes TOKENS at a time.
-// `unit` is what one token's sums are worth, the scale aside. Not inline, for the registers of the loops around it.
-template <int FORMAT, int TOKENS>
-__device__ __noinline__ void finish_rows(const Task& own, const Launch& launch, double unit, u32 i, u32 lane) {
-    const Task& task = launch.gated ? launch.tasks[0] : own;
-    const Task& second = launch.tasks[1];
-    const u32 n_parts = (task.span ? 1 : task.n_strips) + (!launch.gated ? 0 : second.span ? 1 : second.n_strips);
-    const u32 row = i * 32 + lane, n_rows = task.matrix.n_rows, n_tokens = launch.n_tokens;
-    if (n_parts > 1) {
-        // Release and acquire rather than __threadfence, which would throw the first-level cache away with every part.
-        __syncwarp();
-        u32 before = 0;
-        if (lane == 0) asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(own.arrived + i) : "memory");
-        before = __shfl_sync(FULL, before, 0);
-        __syncwarp();
-        if (before != n_parts - 1) return;
-        if (lane == 0) task.arrived[i] = 0;
-    }
-    for (u32 first = 0; first < n_tokens; first += TOKENS) {
-        float y[TOKENS], up[TOKENS];
-        add_up<FORMAT, TOKENS>(task, launch, unit, i, lane, first, y);
-        if (launch.gated) add_up<FORMAT, TOKENS>(second, launch, unit, i, lane, first, up);
-#pragma unroll
-        for (int t = 0; t < TOKENS; t++) {
-            const u32 token = first + t;
-            if (row >= n_rows || token >= n_tokens) continue;
-            float* out = (float*)task.out + (u64)token * n_rows + row;
-            if (launch.gated) y[t] *= up[t] / (1 + expf(-y[t]));
-            *out = task.adds ? *out + y[t] : y[t];
-        }
-    }
-}
-
-// Adds up one token's parts of the warps that share a row block; true in the first of these, which then has their sum. The `n_warps` first warps of
-// the thread block call it. `tile` is the warp's place in shared memory, the others' are `stride` apart.
-template <class T>
-__device__ __forceinline__ bool share_rows(const Task& task, T& sum, u32 tile, u32 stride, u32 n_warps, u32 lane_) {
-    const u32 lane = again(lane_);
-    asm volatile("st.shared.u64 [%0], %1;" ::"r"(tile + 8 * lane), "l"(*(u64*)&sum) : "memory");
-    asm volatile("bar.sync 1, %0;" ::"r"(n_warps * 32) : "memory");
-    if (threadIdx.x / 32 % task.n_strips) return false;
-    for (u32 s = 1; s < task.n_strips; s++) {
-        u64 part;
-        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(part) : "r"(tile + s * stride + 8 * lane) : "memory");
-        sum += *(T*)&part;
-    }
-    return true;
-}
+constexpr u32 SLOT_BYTES = 256;  // the sums of 32 rows and a token, of 64 bits each
 
 __device__ __forceinline__ void mma(i32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -455,22 +376,22 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
 template <int FORMAT>
 struct DotSink {
     static constexpr int TILE_BYTES = FORMAT == INT8 ? EARLY_BYTES : 256;
-    static constexpr bool MASKS = FORMAT != INT8, EARLY = FORMAT == INT8;
+    static constexpr bool MASKS = FORMAT != INT8, EARLY = FORMAT == INT8, READS_X = true;
     const Matrix& m;
-    // Shared, the columns four by four. int8: high 4, low 4; fp8: f32; bf16: high 4, low 4. Behind them, what a sum is worth (double); at 16
-    // bytes from there, 128 bytes of zeros.
+    // Shared, the columns four by four. int8: high 4, low 4; fp8: f32; bf16: high 4, low 4. Behind them, what a sum is worth (double), and zeros.
     const u8* x;
     Patches patches;
-    u32 scratch, lane, i, first_col, n_cols;
+    u32 scratch, lane, first_col, n_cols;
     i32 high = 0, low = 0;
     float sums[4] = {};
     double total = 0;   // bf16: of the blocks before
+    u32 slot;           // where the row block's sums go
     const uint4* x_next;  // the unit's
     uint4 pair;           // int8: of two quads
     Quad even;
 
-    __device__ __forceinline__ DotSink(const Launch&, const Task& task, u32 scratch, u32 lane)
-        : m(task.matrix), scratch(scratch), lane(lane) {}
+    __device__ __forceinline__ DotSink(const Launch&, const Task& task, u32 scratch, u32 slot, u32 lane)
+        : m(task.matrix), scratch(scratch), lane(lane), slot(slot) {}
     // What comes from device memory and depends on no other kernel.
     __device__ __forceinline__ void look_ahead(const Launch& launch) {
         for (u32 c = threadIdx.x * 32; launch.norm && c < m.n_cols; c += blockDim.x * 32) {
@@ -478,22 +399,17 @@ struct DotSink {
         }
     }
     // `shared` has room for the activations. All threads call it.
-    __device__ __forceinline__ void prepare(const Launch& launch, u8* shared) {
+    __device__ __forceinline__ void prepare(const Launch& launch, Input& input, u8* shared) {
         x = shared;
-        Input input(launch, m.n_cols);
+        input.read();
         const float ratio = fixed_ratio(input.most, input.finite);
         input.for_each([&](u32 i, float4 v) {
             if constexpr (FORMAT == INT8) {
                 const Fixed a(v.x, ratio), b(v.y, ratio), c(v.z, ratio), d(v.w, ratio);
-                auto pack = [](i32 a, i32 b, i32 c, i32 d) { return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410); };
                 ((uint2*)shared)[i] = {pack(a.high, b.high, c.high, d.high), pack(a.low, b.low, c.low, d.low)};
             } else if constexpr (FORMAT == BF16) {
-                auto pack = [](float a, float b) {
-                    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-                    return *(const u32*)&pair;
-                };
-                auto rest = [](float v) { return v - __bfloat162float(__float2bfloat16_rn(v)); };
-                ((uint4*)shared)[i] = {pack(v.x, v.y), pack(v.z, v.w), pack(rest(v.x), rest(v.y)), pack(rest(v.z), rest(v.w))};
+                const float4 low = rest(v);
+                ((uint4*)shared)[i] = {pack(v.x, v.y), pack(v.z, v.w), pack(low.x, low.y), pack(low.z, low.w)};
             } else {
                 ((float4*)shared)[i] = v;
             }
@@ -501,21 +417,17 @@ struct DotSink {
         double unit = input.factor(launch.eps);
         if (FORMAT == INT8) unit *= fixed_unit(ratio, input.finite);
         *(double*)unit_at() = unit;
-        if (FORMAT == BF16 && threadIdx.x < 8) ((uint4*)(unit_at() + 16))[threadIdx.x] = {};
+        if (FORMAT == BF16 && threadIdx.x < 8) ((uint4*)zeros_at())[threadIdx.x] = {};
     }
     __device__ __forceinline__ const u8* unit_at() const { return x + (m.n_cols + 31) / 32 * (FORMAT == INT8 ? 64 : 128); }
+    // bf16: 128 bytes, in other banks than what is read of `x` at the same time.
+    __device__ __forceinline__ const u8* zeros_at() const { return unit_at() + 64; }
     __device__ __forceinline__ bool reads_x() const { return lane / 4 % 4 == lane % 4; }
-    __device__ __forceinline__ void begin_strip(u32 i_) {
-        i = i_, high = low = 0, total = 0;
-        for (int c = 0; c < 4; c++) sums[c] = 0;
-        // They are needed at the end.
-        if (lane == 0 && m.scale_kind > 1) asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)m.scales + (m.scale_kind == 2 ? 128 : 64) * (u64)i));
-    }
-    __device__ __forceinline__ void begin_block(u32, u32 j) {
+    __device__ __forceinline__ void begin_block(u32 i, u32 j) {
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
         x_next = (const uint4*)x + first_col / (FORMAT == INT8 ? 8 : 4);
-        if (FORMAT == BF16) x_next = reads_x() ? x_next + lane / 16 : (const uint4*)(unit_at() + 16);
-        patches.begin(m, i * m.n_col_blocks + j);
+        if (FORMAT == BF16) x_next = reads_x() ? x_next + lane / 16 : (const uint4*)zeros_at();
+        patches.begin(m, i * m.n_col_blocks + j, lane);
     }
     template <class W>
     __device__ __forceinline__ void quad(u32 u, int q, Quad quad, W whole) {
@@ -577,11 +489,11 @@ struct DotSink {
         } else {
             // A lane takes one of 32, and hands what it changes to its row's lane, which adds in the patches' order.
             const u32 changes = again(scratch), owners = changes + 128;
-            for (; patches.next < patches.end; patches.next += 32) {
+            for (; patches.next < patches.end; patches.next = (patches.next & ~31u) + 32, patches.load(lane)) {
                 asm volatile("st.shared.u32 [%0], %1;" ::"r"(owners + 4 * lane), "r"(0) : "memory");
                 __syncwarp();
-                if (patches.next + lane < patches.end) {
-                    const u32 patch = __ldg(patches.list + patches.next + lane), c = first_col + (patch >> 21);
+                if (patches.waits(lane)) {
+                    const u32 patch = patches.held, c = first_col + (patch >> 21);
                     float v;
                     if constexpr (FORMAT == BF16) {
                         const __nv_bfloat16* pair = (const __nv_bfloat16*)x + c / 4 * 8 + c % 4;
@@ -605,57 +517,49 @@ struct DotSink {
             }
         }
     }
-    __device__ __forceinline__ void end_strip(const Task& task, const Launch& launch, u32 strip) {
+    __device__ __forceinline__ void end_row() {
         typename std::conditional<FORMAT == INT8, i64, double>::type sum;
         if constexpr (FORMAT == INT8) sum = 255 * (i64)high + low;
         else sum = total + ((double)sums[0] + sums[1] + ((double)sums[2] + sums[3]));
-        if (task.span) {
-            const u32 first = (blockIdx.x - task.first_cta) * task.span, n_all = (m.n_rows + 31) / 32 * task.n_strips;
-            if (!share_rows(task, sum, scratch, RING_BYTES + TILE_BYTES, min(task.span, n_all - first), lane)) return;
-            const u32 row = i * 32 + lane;
-            if (!launch.gated) {
-                if (row >= m.n_rows) return;
-                float* out = (float*)task.out + row;
-                float y = (float)((double)sum * ((double)scale_of<FORMAT>(m, row) * *(const double*)unit_at()));
-                if (task.bias) y += task.bias[row];
-                *out = task.adds ? *out + y : y;
-                return;
-            }
-        }
-        task.partials[(u64)(task.span ? i : i * task.n_strips + strip) * 32 + lane] = *(u64*)&sum;
-        finish_rows<FORMAT, 1>(task, launch, *(const double*)unit_at(), i, lane);
+        asm volatile("st.shared.u64 [%0], %1;" ::"r"(slot + 8 * again(lane)), "l"(*(u64*)&sum) : "memory");
+        slot += SLOT_BYTES, high = low = 0, total = 0;
+        for (int c = 0; c < 4; c++) sums[c] = 0;
     }
+    // What the sums are worth.
+    __device__ __forceinline__ double unit(u32) const { return *(const double*)unit_at(); }
 };
 
 // 2 to 16 tokens: TILES × 8 of them, on the tensor cores. int8: exact. Others: bf16 operands, x as the sum of two, sums in float32.
 template <int FORMAT, int TILES>
 struct MmaSink {
     static constexpr int ELEMENT = FORMAT == INT8 ? 1 : 2, TILE_BYTES = 1024 * ELEMENT;
-    static constexpr bool MASKS = FORMAT != INT8, EARLY = false;
+    static constexpr bool MASKS = FORMAT != INT8, EARLY = false, READS_X = false;
     using Sum = typename std::conditional<FORMAT == INT8, i32, float>::type;
     const Matrix& m;
     const uint4* x;
     Tile<32 * ELEMENT> tile;
     Patches patches;
-    u32 lane, i, first_col, n_cols;
+    u32 lane, slot, n_tokens, first_col, n_cols;
+    const double* units;
     u32 held[8 * ELEMENT];
     // [half of the rows][tokens][high, low: int8 only]
     Sum sums[2][TILES][FORMAT == INT8 ? 2 : 1][4];
     uint4 xs[TILES][ELEMENT];
 
-    __device__ __forceinline__ MmaSink(const Launch& launch, const Task& task, u32 scratch, u32 lane)
-        : m(task.matrix), x((const uint4*)launch.x), tile{scratch}, lane(lane) {}
+    __device__ __forceinline__ MmaSink(const Launch& launch, const Task& task, u32 scratch, u32 slot, u32 lane)
+        : m(task.matrix), x((const uint4*)launch.x), tile{scratch}, lane(lane), slot(slot), n_tokens(launch.n_tokens), units(launch.units) {
+        clear();
+    }
     __device__ __forceinline__ void look_ahead(const Launch&) {}
-    __device__ __forceinline__ void prepare(const Launch&, u8*) {}
-    __device__ __forceinline__ void begin_strip(u32 i_) {
-        i = i_;
+    __device__ __forceinline__ void prepare(const Launch&, Input&, u8*) {}
+    __device__ __forceinline__ void clear() {
         Sum* all = &sums[0][0][0][0];
 #pragma unroll
         for (int s = 0; s < (int)(sizeof sums / sizeof(Sum)); s++) all[s] = 0;
     }
-    __device__ __forceinline__ void begin_block(u32, u32 j) {
+    __device__ __forceinline__ void begin_block(u32 i, u32 j) {
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
-        patches.begin(m, i * m.n_col_blocks + j);
+        patches.begin(m, i * m.n_col_blocks + j, lane);
     }
     __device__ __forceinline__ void load_x(u32 u) {
         const uint4* from = x + (u64)(first_col / 32 + u) * TILES * ELEMENT * 32 + lane;
@@ -710,8 +614,7 @@ struct MmaSink {
         __syncwarp();
     }
     __device__ __forceinline__ void end_block() {}
-    __device__ __forceinline__ void end_strip(const Task& task, const Launch& launch, u32 strip) {
-        u64* to = task.partials + (u64)(i * task.n_strips + strip) * launch.n_tokens * 32;
+    __device__ __forceinline__ void end_row() {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
@@ -719,14 +622,18 @@ struct MmaSink {
 #pragma unroll
                 for (int s = 0; s < 4; s++) {
                     const u32 row = 16 * half + 8 * (s / 2) + lane / 4, token = 8 * t + lane % 4 * 2 + s % 2;
-                    if (token >= launch.n_tokens) continue;
-                    if constexpr (FORMAT == INT8) to[token * 32 + row] = (u64)(255 * (i64)sums[half][t][0][s] + sums[half][t][1][s]);
-                    else to[token * 32 + row] = (u64)__double_as_longlong(sums[half][t][0][s]);
+                    if (token >= n_tokens) continue;
+                    u64 sum;
+                    if constexpr (FORMAT == INT8) sum = (u64)(255 * (i64)sums[half][t][0][s] + sums[half][t][1][s]);
+                    else sum = (u64)__double_as_longlong(sums[half][t][0][s]);
+                    asm volatile("st.shared.u64 [%0], %1;" ::"r"(slot + token * SLOT_BYTES + row * 8), "l"(sum) : "memory");
                 }
             }
         }
-        finish_rows<FORMAT, 8>(task, launch, 1, i, lane);
+        slot += n_tokens * SLOT_BYTES;
+        clear();
     }
+    __device__ __forceinline__ double unit(u32 token) const { return FORMAT == INT8 ? units[token] : 1; }
 };
 
 // ---------------------------------------------------------------- kernels
@@ -739,13 +646,11 @@ __device__ __forceinline__ const Task& find_task(const Launch& launch) {
     return launch.tasks[t];
 }
 
-// This warp's scratch memory: the ring, then the sink's tile.
-__device__ __forceinline__ u32 warp_memory(const Matrix& m, u32 tile_bytes) {
-    return (u32)__cvta_generic_to_shared(shared_memory) + (8 << m.table_bits) + threadIdx.x / 32 * (RING_BYTES + tile_bytes);
+// Waits for this thread's part of copy_table; `opened`: whether a reader was opened since.
+__device__ __forceinline__ void wait_for_table(bool opened) {
+    if (opened) wait_copies<4>();
+    else wait_copies<0>();
 }
-
-// For lambdas whose captures have to stay in registers.
-#define INLINE __attribute__((always_inline))
 
 // Every warp decodes its share of a matrix's blocks, one behind the other.
 template <int FORMAT, class Sink, class With>
@@ -756,82 +661,135 @@ __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
     const u32 share = (blockIdx.x - task.first_cta) * n_warps + threadIdx.x / 32;
     const u64 n_blocks = (m.n_rows + 31) / 32 * m.n_col_blocks;
     const u32 first = n_blocks * share / n_shares, end = n_blocks * (share + 1) / n_shares;
-    const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, Sink::TILE_BYTES);
+    const u32 table = (u32)__cvta_generic_to_shared(shared_memory);
+    const u32 ring = table + launch.table_bytes + threadIdx.x / 32 * (RING_BYTES + Sink::TILE_BYTES);
+    const Stream stream(m, first, end);
+    copy_table(m, table, threadIdx.x, blockDim.x);
     Reader reader;
     if (first < end) {
-        reader.open(m, first, ring, lane);
+        reader.open(m, stream, ring, lane);
         prefetch_raw(m, first / m.n_col_blocks, first % m.n_col_blocks, lane);
     }
-    load_table(m, (uint2*)shared_memory);
     wait_for_previous();
     start_next();
+    wait_for_table(first < end);
     __syncthreads();
     if (first == end) return;
     Sink sink(task, ring + RING_BYTES, lane);
     with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, first, end, sink); });
 }
 
-// `with` is with_codec or its like.
-template <int FORMAT, class Sink, class With>
-__device__ __forceinline__ void go_over_strips(const Launch& launch, With with) {
-    const Task& task = find_task(launch);
-    const Matrix& m = task.matrix;
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
-    const u32 n_all = (m.n_rows + 31) / 32 * task.n_strips, cta = blockIdx.x - task.first_cta;
-    // The warps past `span` only help with what comes first.
-    const u32 n_items = task.span && warp >= task.span ? 0 : n_all;
-    const u32 first = task.span ? cta * task.span + warp : warp * task.n_ctas + cta;
-    const u32 step = task.span ? n_all : task.n_ctas * n_warps;
-    const u32 table = (u32)__cvta_generic_to_shared(shared_memory), ring = warp_memory(m, Sink::TILE_BYTES);
-    // What depends on no other kernel: the first block's bytes, and the table.
-    Reader reader;
-    auto open = [&](u32 item) {
-        reader.open(m, item / task.n_strips * m.n_col_blocks + item % task.n_strips * task.strip, ring, lane);
-    };
-    if (first < n_items) {
-        open(first);
-        prefetch_raw(m, first / task.n_strips, first % task.n_strips * task.strip, lane);
+// The blocks of a task that a thread block has, all of some row blocks, shared out to its warps.
+struct Part {
+    u32 first_row, n_rows;  // row blocks
+    u32 n_blocks, n_warps;  // of those that get any
+
+    __device__ __forceinline__ Part(const Task& task, u32 cta, u32 all_warps) {
+        const u32 n = (task.matrix.n_rows + 31) / 32;
+        first_row = n * cta / task.n_ctas, n_rows = n * (cta + 1) / task.n_ctas - first_row;
+        n_blocks = n_rows * task.matrix.n_col_blocks, n_warps = min(all_warps, n_blocks);
     }
-    load_table(m, (uint2*)shared_memory);
-    Sink sink(launch, task, ring + RING_BYTES, lane);
+    // The first block of a warp, or of the one behind the last.
+    __device__ __forceinline__ u32 begin(u32 warp) const { return n_blocks * min(warp, n_warps) / n_warps; }
+    __device__ __forceinline__ u32 warp_of(u32 block) const { return ((block + 1) * n_warps - 1) / n_blocks; }
+};
+
+// Row `i * 32 + lane` of the product with a token: the sums of the warps that share it, in their order, times what they are worth, and the bias. Warp w
+// left its sums of the part's row block r in slot w + r: they follow one another, and no two meet.
+template <int FORMAT>
+__device__ __forceinline__ float add_up(const Task& task, const Part& part, u32 slots, u32 r, u32 token, u32 n_tokens, double unit, u32 lane) {
+    const u32 n_col_blocks = task.matrix.n_col_blocks, row = (part.first_row + r) * 32 + lane;
+    const u32 first = part.warp_of(r * n_col_blocks), last = part.warp_of((r + 1) * n_col_blocks - 1);
+    typename std::conditional<FORMAT == INT8, i64, double>::type sum = 0;
+    for (u32 w = first; w <= last; w++) {
+        u64 bits;
+        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(slots + ((w + r) * n_tokens + token) * SLOT_BYTES + lane * 8) : "memory");
+        if constexpr (FORMAT == INT8) sum += (i64)bits;
+        else sum += __longlong_as_double((i64)bits);
+    }
+    if (row >= task.matrix.n_rows) return 0;
+    float y = (float)((double)sum * ((double)scale_of<FORMAT>(task.matrix, row) * unit));
+    if (task.bias) y += task.bias[row];
+    return y;
+}
+
+// Products: a thread block has whole row blocks, of which its warps take shares that are as even as can be, and adds up what they leave.
+// `with` is with_codec or its like. Shared memory: the table (two with `gated`, where half of the warps are each product's), the warps' rings and
+// tiles, slots of sums, and what the sink keeps.
+template <int FORMAT, class Sink, class With>
+__device__ __forceinline__ void multiply(const Launch& launch, With with) {
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+    const u32 team_warps = launch.gated ? n_warps / 2 : n_warps, team = warp / team_warps, n_teams = launch.gated ? 2 : 1;
+    const Task& task = launch.gated ? launch.tasks[team] : find_task(launch);
+    const Matrix& m = task.matrix;
+    const Part part(task, blockIdx.x - task.first_cta, team_warps);
+    const u32 own = warp - team * team_warps, first = part.begin(own), end = part.begin(own + 1);
+    const u32 block = part.first_row * m.n_col_blocks + first, n_blocks = end - first;
+    const u32 shared = (u32)__cvta_generic_to_shared(shared_memory), table = shared + team * launch.table_bytes;
+    const u32 ring = shared + n_teams * launch.table_bytes + warp * (RING_BYTES + Sink::TILE_BYTES);
+    const u32 slots_at = n_teams * launch.table_bytes + n_warps * (RING_BYTES + Sink::TILE_BYTES);
+    const u32 slots_bytes = launch.n_slots * launch.n_tokens * SLOT_BYTES, slots = shared + slots_at + team * slots_bytes;
+    // What depends on no other kernel: the table, and the first blocks' bytes.
+    const Stream stream(m, block, block + n_blocks);
+    copy_table(m, table, threadIdx.x - team * team_warps * 32, team_warps * 32);
+    Reader reader;
+    if (n_blocks) {
+        reader.open(m, stream, ring, lane);
+        prefetch_raw(m, block / m.n_col_blocks, block % m.n_col_blocks, lane);
+    }
+    // They are needed at the end.
+    if (lane < part.n_rows && own == 0 && m.scale_kind > 1) {
+        const u32 bytes = m.scale_kind == 2 ? 128 : 64;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)m.scales + (u64)(part.first_row + lane) * bytes));
+    }
+    Sink sink(launch, task, ring + RING_BYTES, slots + (own + first / m.n_col_blocks) * launch.n_tokens * SLOT_BYTES, lane);
     sink.look_ahead(launch);
     // While the kernel before this one is at work.
     const bool early = Sink::EARLY && task.early;
     if (early) {
+        wait_for_table(n_blocks);
         __syncthreads();
-        if (first < n_items) {
+        if (n_blocks) {
             const u32 units = m.block_cols / 32;
-            decode_parts(m, reader, table, lane, min(units, m.n_units - first % task.n_strips * units), ring + RING_BYTES);
+            decode_parts(m, reader, table, lane, min(units, m.n_units - first % m.n_col_blocks * units), ring + RING_BYTES);
         }
     }
     wait_for_previous();
     // Not before: of three kernels on the way at once, some multiprocessors would get several thread blocks, others none.
     start_next();
-    sink.prepare(launch, shared_memory + (8 << m.table_bits) + n_warps * (RING_BYTES + Sink::TILE_BYTES));
+    Input input((const float*)launch.x, launch.norm, Sink::READS_X ? m.n_cols : 0);
+    sink.prepare(launch, input, shared_memory + slots_at + n_teams * slots_bytes);
+    if (!early) wait_for_table(n_blocks);
     __syncthreads();
-    with(task.codec, [&](auto codec) INLINE {
-#pragma unroll 1
-        for (u32 item = first; item < n_items;) {
-            const u32 i = item / task.n_strips, strip = item % task.n_strips, j = strip * task.strip;
-            item += step;
-            sink.begin_strip(i);
+    if (n_blocks) {
+        with(task.codec, [&](auto codec) INLINE {
             if (early) {
+                const u32 i = block / m.n_col_blocks, j = block % m.n_col_blocks;
                 sink.begin_block(i, j);
                 finish_parts<decltype(codec)>(m, ring + RING_BYTES, lane, i, j, sink);
                 sink.end_block();
+                sink.end_row();
             } else {
-                if (item < n_items) {
-                    const u32 next_i = item / task.n_strips, next_j = item % task.n_strips * task.strip;
-                    prefetch_stream(m, next_i * m.n_col_blocks + next_j, lane);
-                    prefetch_raw(m, next_i, next_j, lane);
-                }
-                const u32 row = i * m.n_col_blocks, end = min(j + task.strip, m.n_col_blocks);
-                decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, row + j, row + end, sink);
-                if (item < n_items) open(item);
+                decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, block, block + n_blocks, sink);
             }
-            sink.end_strip(task, launch, strip);
+        });
+    }
+    __syncthreads();
+    const Task& task0 = launch.gated ? launch.tasks[0] : find_task(launch);
+    const Part rows(task0, blockIdx.x - task0.first_cta, team_warps);
+    const u32 n_tokens = launch.n_tokens, all_slots = shared + slots_at;
+    for (u32 item = warp; item < rows.n_rows * n_tokens; item += n_warps) {
+        const u32 r = item / n_tokens, token = item % n_tokens, row = (rows.first_row + r) * 32 + lane;
+        const double unit = sink.unit(token);
+        float y = add_up<FORMAT>(task0, rows, all_slots, r, token, n_tokens, unit, lane);
+        if (launch.gated) {
+            const Part second(launch.tasks[1], blockIdx.x, team_warps);
+            y = add_up<FORMAT>(launch.tasks[1], second, all_slots + slots_bytes, r, token, n_tokens, unit, lane) * (y / (1 + expf(-y)));
         }
-    });
+        if (row >= task0.matrix.n_rows) continue;
+        float* out = (float*)task0.out + (u64)token * task0.matrix.n_rows + row;
+        *out = task0.adds ? *out + y : y;
+    }
 }
 
 // One warp a token and column block; grid (column blocks, tokens).
@@ -839,17 +797,16 @@ template <int FORMAT, class With>
 __device__ __forceinline__ void gather(const Launch& launch, With with) {
     const Task& task = launch.tasks[0];
     const Matrix& m = task.matrix;
-    load_table(m, (uint2*)shared_memory);
-    __syncwarp();
+    const u32 table = (u32)__cvta_generic_to_shared(shared_memory);
+    copy_table(m, table, threadIdx.x, 32);
     wait_for_previous();
     start_next();  // not before: what follows may read what the step began with
     const u32 lane = threadIdx.x % 32, token = launch.tokens[blockIdx.y];
     if (token >= m.n_rows) return;
-    const u32 table = (u32)__cvta_generic_to_shared(shared_memory);
     float* out = (float*)task.out + (u64)blockIdx.y * m.n_cols;
     Reader reader;
     const u32 block = token / 32 * m.n_col_blocks + blockIdx.x;
-    reader.open(m, block, warp_memory(m, 0), lane);
+    reader.open(m, Stream(m, block, block + 1), table + launch.table_bytes, lane);
     GatherSink<FORMAT> sink{m, out, {}, lane, token / 32, token % 32, 0, scale_of<FORMAT>(m, token)};
     with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, block, block + 1, sink); });
 }
@@ -865,7 +822,7 @@ __device__ __forceinline__ void with_codec(u32 codec, F f) {
             CODEC(8, 3) CODEC(8, 4) CODEC(8, 5) CODEC(8, 6) CODEC(8, 7)
         }
     } else if constexpr (FORMAT == FP8) {
-        switch (codec) { CODEC(4, 6) CODEC(2, 3) }
+        switch (codec) { CODEC(4, 5) CODEC(4, 6) CODEC(2, 3) CODEC(2, 4) }
     } else {
         switch (codec) { CODEC(4, 9) CODEC(4, 10) CODEC(2, 7) CODEC(2, 8) }
     }
@@ -880,17 +837,18 @@ __device__ __forceinline__ void with_codec(u32 codec, F f) {
     extern "C" __global__ void __launch_bounds__(THREADS, 1) name##_any(const __grid_constant__ Launch l) { \
         __VA_ARGS__(l, [](u32, auto f) INLINE { f(Codec<FORMAT, ANY, ANY>()); });                           \
     }
-#define KERNELS(FORMAT, name)                                                                    \
+#define KERNELS(FORMAT, name, THREADS_16)                                                        \
     KERNEL(1024, decode_codes_##name, FORMAT, decode_shares<FORMAT, DenseSink<FORMAT, false>>)   \
     KERNEL(1024, decode_values_##name, FORMAT, decode_shares<FORMAT, DenseSink<FORMAT, true>>)   \
     KERNEL(32, gather_rows_##name, FORMAT, gather<FORMAT>)                                       \
-    KERNEL(1024, product_1_##name, FORMAT, go_over_strips<FORMAT, DotSink<FORMAT>>)              \
-    KERNEL(512, product_8_##name, FORMAT, go_over_strips<FORMAT, MmaSink<FORMAT, 1>>)            \
-    KERNEL(512, product_16_##name, FORMAT, go_over_strips<FORMAT, MmaSink<FORMAT, 2>>)
+    KERNEL(1024, product_1_##name, FORMAT, multiply<FORMAT, DotSink<FORMAT>>)              \
+    KERNEL(512, product_8_##name, FORMAT, multiply<FORMAT, MmaSink<FORMAT, 1>>)            \
+    KERNEL(THREADS_16, product_16_##name, FORMAT, multiply<FORMAT, MmaSink<FORMAT, 2>>)
 
-KERNELS(INT8, int8)
-KERNELS(FP8, fp8)
-KERNELS(BF16, bf16)
+// As many threads as there are registers for.
+KERNELS(INT8, int8, 640)
+KERNELS(FP8, fp8, 512)
+KERNELS(BF16, bf16, 512)
 
 // ---------------------------------------------------------------- activations
 
@@ -904,29 +862,34 @@ struct Prepare {
 };
 
 // The operand of mma, 16 bytes a lane: [unit][8 tokens][lane][high 0-15, high 16-31, low 0-15, low 16-31][4]
-extern "C" __global__ void prepare_int8_mma(const __grid_constant__ Prepare p) {
+extern "C" __global__ void __launch_bounds__(1024) prepare_int8_mma(const __grid_constant__ Prepare p) {
     start_next();
     wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
-    const float* x = token < p.n_tokens ? p.x + (u64)token * p.n_cols : nullptr;
-    const double unit = to_fixed(x, p.n_cols, [&](u32 c, i32 high, i32 low) {
-        const u32 in_unit = c % 32, lane = token % 8 * 4 + in_unit % 16 / 4;
-        signed char* to = (signed char*)p.out + ((u64)(c / 32 * tiles + token / 8) * 32 + lane) * 16 + in_unit / 16 * 4 + in_unit % 4;
-        to[0] = high, to[8] = low;
+    const bool exists = token < p.n_tokens;
+    Input input(exists ? p.x + (u64)token * p.n_cols : nullptr, nullptr, p.n_cols);
+    input.read();
+    const float ratio = fixed_ratio(input.most, input.finite);
+    input.for_each([&](u32 i, float4 v) {
+        const Fixed a(v.x, ratio), b(v.y, ratio), c(v.z, ratio), d(v.w, ratio);
+        const u32 lane = token % 8 * 4 + i % 4;
+        u32* to = (u32*)p.out + ((u64)(i / 8 * tiles + token / 8) * 32 + lane) * 4 + i % 8 / 4;
+        to[0] = pack(a.high, b.high, c.high, d.high), to[2] = pack(a.low, b.low, c.low, d.low);
     });
-    if (threadIdx.x == 0 && x) p.units[token] = unit;
+    if (threadIdx.x == 0 && exists) p.units[token] = fixed_unit(ratio, input.finite);
 }
 
 // The same for bf16, of 16 columns: [unit][8 tokens][half][lane][high 0-7, high 8-15, low 0-7, low 8-15][2], x = high + low but for 2^-17 of it.
-extern "C" __global__ void prepare_float_mma(const __grid_constant__ Prepare p) {
+extern "C" __global__ void __launch_bounds__(1024) prepare_float_mma(const __grid_constant__ Prepare p) {
     start_next();
     wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
-    for (u32 c = threadIdx.x; c < (p.n_cols + 31) / 32 * 32; c += blockDim.x) {
-        const float v = token < p.n_tokens && c < p.n_cols ? p.x[(u64)token * p.n_cols + c] : 0;
-        const __nv_bfloat16 high = __float2bfloat16_rn(v), low = __float2bfloat16_rn(v - __bfloat162float(high));
-        const u32 in_half = c % 16, lane = token % 8 * 4 + in_half % 8 / 2;
-        __nv_bfloat16* to = (__nv_bfloat16*)p.out + (((u64)(c / 32 * tiles + token / 8) * 2 + c % 32 / 16) * 32 + lane) * 8 + in_half / 8 * 2 + in_half % 2;
-        to[0] = high, to[4] = low;
-    }
+    Input input(token < p.n_tokens ? p.x + (u64)token * p.n_cols : nullptr, nullptr, p.n_cols);
+    input.read();
+    input.for_each([&](u32 i, float4 v) {
+        const u32 lane = token % 8 * 4 + i % 2 * 2;
+        u32* to = (u32*)p.out + (((u64)(i / 8 * tiles + token / 8) * 2 + i % 8 / 4) * 32 + lane) * 4 + i % 4 / 2;
+        const float4 low = rest(v);
+        to[0] = pack(v.x, v.y), to[4] = pack(v.z, v.w), to[2] = pack(low.x, low.y), to[6] = pack(low.z, low.w);
+    });
 }

@@ -13,7 +13,6 @@ they can be captured in CUDA graphs.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,11 +66,6 @@ def _where(tensor: Tensor) -> tuple[int, int]:
     return index, torch.cuda.current_stream(index).cuda_stream
 
 
-@functools.lru_cache(maxsize=65536)
-def _workspace_bytes(device: int, keys: tuple[int, ...], n_tokens: int) -> int:
-    return _core.cuda_workspace_bytes(device, [(key, 0, 0) for key in keys], n_tokens)
-
-
 def _product(x: Tensor, matrices: list[tuple[Tensor, Tensor | None, Tensor | None, int, int]]) -> list[Tensor]:
     """Products of 1 to 16 tokens on a GPU, one launch; of each matrix weight, tables, bias, key, rows."""
     n_tokens = x.numel() // x.shape[-1]
@@ -79,8 +73,7 @@ def _product(x: Tensor, matrices: list[tuple[Tensor, Tensor | None, Tensor | Non
     x = _aligned(x)
     with torch.cuda.device(x.device):
         device, stream = _where(x)
-        keys = tuple(key for *_, key, _ in matrices)
-        workspace = x.new_empty(_workspace_bytes(device, keys, n_tokens), dtype=torch.uint8)
+        workspace = x.new_empty(_core.cuda_workspace_bytes(x.shape[-1], n_tokens), dtype=torch.uint8)
         sources = [_matrix(weight, tables, key) for weight, tables, _, key, _ in matrices]
         places = [(_address(bias, 4), _address(out, 4)) for (_, _, bias, _, _), out in zip(matrices, outs, strict=True)]
         _core.cuda_product(device, stream, sources, places, _address(x), n_tokens, _address(workspace))

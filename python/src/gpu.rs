@@ -46,7 +46,7 @@ fn layouts(matrices: &[Address]) -> PyResult<Vec<Arc<CodecLayout>>> {
 
 fn with<'a>(layouts: &'a [Arc<CodecLayout>], matrices: &[Address]) -> Vec<ExternalMatrix<'a>> {
     let pairs = layouts.iter().zip(matrices);
-    pairs.map(|(layout, &(_, data, tables))| ExternalMatrix { layout, data, tables }).collect()
+    pairs.map(|(layout, &(_, data, table))| ExternalMatrix { layout, data, table }).collect()
 }
 
 /// Opens a GPU and loads the kernels, unless that was done.
@@ -58,15 +58,14 @@ fn cuda_open(py: Python<'_>, device: usize) -> PyResult<()> {
 /// What the kernels need in the GPU's memory beside the tensor's own bytes.
 #[pyfunction]
 fn cuda_tables<'py>(py: Python<'py>, layout: &Layout) -> PyResult<Bound<'py, PyArray1<i64>>> {
-    let words = External::tables(&layout.0).map_err(errors::engine)?;
+    let words = External::table(&layout.0).map_err(errors::engine)?;
     Ok(PyArray1::from_vec(py, words.into_iter().map(|word| word as i64).collect()))
 }
 
-/// Bytes of working memory that [`cuda_product`] needs.
+/// Bytes of working memory that [`cuda_product`] needs for matrices of so many columns.
 #[pyfunction]
-fn cuda_workspace_bytes(device: usize, matrices: Vec<Address>, n_tokens: usize) -> PyResult<usize> {
-    let layouts = layouts(&matrices)?;
-    gpu(device)?.workspace_bytes(&with(&layouts, &matrices), n_tokens).map_err(errors::engine)
+fn cuda_workspace_bytes(n_cols: usize, n_tokens: usize) -> usize {
+    External::workspace_bytes(n_cols, n_tokens)
 }
 
 /// Products of 1 to 16 tokens with matrices of one width; `outs`: the addresses of each one's bias (or 0) and output.

@@ -20,22 +20,25 @@ use std::sync::Arc;
 pub(super) const PRODUCT_TOKENS: usize = 16;
 /// Tensors in a launch, as the kernels declare it.
 const MAX_TASKS: usize = 8;
-/// Warps of a thread block that has whole row blocks, at least: they bring in the activations.
-const ROW_WARPS: u32 = 8;
+/// Warps of a thread block that multiplies, at least: they bring in the activations.
+const PRODUCT_WARPS: u32 = 8;
 /// Bytes of a warp where the codes of its first block wait for the activations (`EARLY_BYTES` in decode.cuh).
 const EARLY_BYTES: u32 = 2048;
 /// Columns of such a block, at most.
 const EARLY_COLS: u32 = 512;
-/// Warps on a multiprocessor up to which a product counts as small. Decoding early takes half as many instructions more, which cost nothing while
-/// other kernels leave the multiprocessor idle.
-const FEW_WARPS: u32 = 24;
+/// How much of what a multiprocessor takes at once a product has at most that counts as small: a thread block for every row block then, so that several
+/// fit on a multiprocessor, those of the next kernel beside the last of this one. They decode early, which takes half as many instructions more, and
+/// costs nothing while other kernels leave the multiprocessor idle.
+const SMALL: f64 = 0.75;
 /// Bytes of a warp's window on its stream.
 const RING_BYTES: u32 = 2560;
 /// What a decode to rows needs: tiles where warps collect them.
-const DENSE_NEEDS: Needs = Needs { tile_bytes: 4096, block_bytes: 0, warps: 32, splits: false };
-/// Partial sums that one launch may have: 64 MiB.
-const PARTIALS: usize = 8 << 20;
-/// Row blocks that one launch may have.
+const DENSE_NEEDS: Needs = Needs { tile_bytes: 4096, block_bytes: 0, warps: 32 };
+/// Bytes of a slot, the sums of 32 rows and a token (`SLOT_BYTES` in encoded.cu).
+const SLOT_BYTES: u32 = 256;
+/// Row blocks of a thread block that multiplies, at most, for one token and for more: for each it has slots.
+const THREAD_BLOCK_ROWS: [u32; 2] = [64, 8];
+/// Row blocks that the kernels count.
 const MAX_ROW_BLOCKS: usize = 1 << 16;
 
 /// The formats that have kernels.
@@ -44,7 +47,7 @@ const FORMATS: [Format; 3] = [Format::Int8, Format::Fp8, Format::Bf16];
 /// share kernels that are several times slower.
 const CODECS: [&[(u32, u32)]; 3] = [
     &[(4, 1), (4, 2), (4, 3), (4, 4), (4, 5), (4, 6), (8, 3), (8, 4), (8, 5), (8, 6), (8, 7)],
-    &[(4, 6), (2, 3)],
+    &[(4, 5), (4, 6), (2, 3), (2, 4)],
     &[(4, 9), (4, 10), (2, 7), (2, 8)],
 ];
 
@@ -80,13 +83,8 @@ struct Task {
     matrix: Description,
     out: u64,
     bias: u64,
-    partials: u64,
-    arrived: u64,
     first_cta: u32,
     n_ctas: u32,
-    strip: u32,
-    n_strips: u32,
-    span: u32,
     early: u32,
     codec: u32,
     adds: u32,
@@ -105,6 +103,8 @@ struct Launch {
     norm: u64,
     eps: f32,
     gated: u32,
+    table_bytes: u32,
+    n_slots: u32,
 }
 
 /// `Prepare` in encoded.cu.
@@ -118,27 +118,26 @@ struct Prepare {
     n_cols: u32,
 }
 
-/// What a kernel needs beside its table: shared memory of each warp besides its window, shared memory of a block, and the
+/// What a kernel needs beside its tables: shared memory of each warp besides its window, shared memory of a block, and the
 /// warps that its registers allow.
 #[derive(Clone, Copy)]
 struct Needs {
     tile_bytes: u32,
     block_bytes: u32,
     warps: u32,
-    /// Whether half as many warps a block do as well.
-    splits: bool,
 }
 
-impl Needs {
-    /// Warps of a block that has `shared` bytes.
-    fn fit(&self, table_bytes: u32, shared: u32) -> u32 {
-        (shared.saturating_sub(table_bytes + self.block_bytes) / (RING_BYTES + self.tile_bytes)).min(self.warps)
-    }
-
-    /// Shared memory of a block of so many warps.
-    fn shared_bytes(&self, table_bytes: u32, n_warps: u32) -> u32 {
-        table_bytes + self.block_bytes + n_warps * (RING_BYTES + self.tile_bytes)
-    }
+/// How a launch of products is cut.
+#[derive(Default)]
+struct Cut {
+    n_warps: u32,
+    /// By task.
+    n_ctas: [u32; MAX_TASKS],
+    n_slots: u32,
+    /// Whether the codes are decoded before the activations are known.
+    early: bool,
+    table_bytes: u32,
+    shared_bytes: u32,
 }
 
 /// The kernels, loaded, and the memory that products share.
@@ -150,8 +149,6 @@ pub(super) struct EncodedKernels {
     prepare_float: CudaFunction,
     shared_limit: u32,
     n_multiprocessors: u32,
-    partials: CudaSlice<u64>,
-    arrived: CudaSlice<u32>,
     units: CudaSlice<f64>,
 }
 
@@ -176,8 +173,6 @@ pub(super) struct EncodedMatrix {
     kernels: Arc<Instance>,
     /// What the kernels know its codec by, or 0.
     codec: u32,
-    /// Where its row blocks count the strips that are done; 0 for the memory that all matrices share.
-    arrived: u64,
     /// What the description points to; none where that is another's.
     _storage: Option<(CudaSlice<u8>, CudaSlice<u8>)>,
 }
@@ -215,28 +210,12 @@ pub(super) struct Product<'a> {
     pub adds: bool,
 }
 
-/// Where the products of a launch keep what is on its way; device addresses.
+/// Where a launch of products keeps the activations of several tokens; device addresses.
 struct Scratch {
-    /// Sums of strips, as many as [`Strips`] counts.
-    partials: u64,
-    /// Zeros, one u32 a row block; zeros again afterwards.
-    arrived: u64,
     /// One f64 a token.
     units: u64,
     /// As [`EncodedKernels::operand`] sizes it.
     operand: u64,
-}
-
-/// How products are cut.
-struct Strips {
-    /// Blocks of a row that a warp takes at once.
-    strip: usize,
-    /// Strips that a thread block takes at once, of whole row blocks; 0: its warps take any.
-    span: usize,
-    /// Whether blocks are decoded before the activations are known, where that can be.
-    early: bool,
-    /// Sums that strips leave to be added up.
-    n_sums: usize,
 }
 
 /// What a launch of products reads, as [`Activations`] describes it; device addresses.
@@ -253,11 +232,6 @@ type Job<'a> = (&'a EncodedMatrix, u64, u64, bool);
 impl EncodedKernels {
     /// Loads the kernels.
     pub fn new(device: &Device) -> Result<Self> {
-        Self::with_scratch(device, PARTIALS, MAX_ROW_BLOCKS)
-    }
-
-    /// Loads the kernels, with memory for so many partial sums and row blocks: none where launches are given their own.
-    fn with_scratch(device: &Device, n_partials: usize, n_row_blocks: usize) -> Result<Self> {
         let module = device.load(&code::ENCODED)?;
         let prepare = |name| device.kernel(&module, name, 0);
         let mut instances = Vec::new();
@@ -282,15 +256,13 @@ impl EncodedKernels {
             prepare_float: prepare("prepare_float_mma")?,
             shared_limit,
             n_multiprocessors: device.n_multiprocessors(),
-            partials: device.zeros(n_partials)?,
-            arrived: device.zeros(n_row_blocks)?,
             units: device.zeros(PRODUCT_TOKENS)?,
         })
     }
 
     /// Bytes of the memory that products share.
     pub fn n_bytes(&self) -> u64 {
-        (self.partials.num_bytes() + self.arrived.num_bytes() + self.units.num_bytes()) as u64
+        self.units.num_bytes() as u64
     }
 
     /// Room for the activations of up to 16 tokens of up to `max_cols` columns.
@@ -360,14 +332,14 @@ fn check_layout(tensor: &Layout) -> Result<&Params> {
     };
     let geometry = tensor.geometry();
     // Sums are exact up to 2^31 / 2^14 columns.
-    if geometry.n_cols > 1 << 17 || geometry.n_row_blocks() > PARTIALS / BLOCK_ROWS / PRODUCT_TOKENS {
+    if geometry.n_cols > 1 << 17 || geometry.n_row_blocks() > MAX_ROW_BLOCKS {
         return Err(Error::unsupported(
             "encoded tensor",
             format!(
                 "it has {} rows and {} columns; the GPU's kernels take up to {} and {}",
                 geometry.n_rows,
                 geometry.n_cols,
-                PARTIALS / PRODUCT_TOKENS,
+                MAX_ROW_BLOCKS * BLOCK_ROWS,
                 1 << 17
             ),
         ));
@@ -436,7 +408,7 @@ impl EncodedMatrix {
         let kernels = kernels.instances[2 * format_index(format) + usize::from(!fast)].clone();
         let codec = if fast { g << 4 | k } else { 0 };
         let bytes = (tensor.n_bytes() + (8 << params.table_bits)) as u64;
-        Ok(Self { format, description, bytes, kernels, codec, arrived: 0, _storage: None })
+        Ok(Self { format, description, bytes, kernels, codec, _storage: None })
     }
 
     /// Rows.
@@ -463,11 +435,6 @@ impl EncodedMatrix {
         self.n_rows().div_ceil(BLOCK_ROWS)
     }
 
-    /// Strips of a row, where each is so many blocks.
-    fn n_strips(&self, strip: usize) -> usize {
-        (self.description.n_col_blocks as usize).div_ceil(strip)
-    }
-
     fn table_bytes(&self) -> u32 {
         8 << self.description.table_bits
     }
@@ -479,56 +446,45 @@ impl EncodedMatrix {
 }
 
 impl EncodedKernels {
-    /// One launch over `tasks`, whose matrices and outputs are set. Gives each a share of the multiprocessors by its number
-    /// of blocks.
+    /// One launch that decodes to rows; the matrices and outputs of its tasks are set. Gives each a share of the multiprocessors by its number of
+    /// blocks.
     ///
     /// # Safety
     /// The outputs have the room that the kernel takes.
-    unsafe fn launch(&self, device: &Device, kernel: &CudaFunction, mut launch: Launch, needs: Needs) -> Result<()> {
+    unsafe fn launch_decode(&self, device: &Device, kernel: &CudaFunction, mut launch: Launch) -> Result<()> {
         let tasks = &mut launch.tasks[..launch.n_tasks as usize];
-        let items = |t: &Task| t.matrix.n_rows.div_ceil(BLOCK_ROWS as u32) as usize * t.n_strips as usize;
-        let total: usize = tasks.iter().map(items).sum();
-        let table_bytes = tasks.iter().map(|t| 8 << t.matrix.table_bits).max().unwrap_or(0);
-        let fit = |shared: u32| needs.fit(table_bytes, shared);
-        // Thread blocks that leave half of a multiprocessor free let the next kernel's start in it; and where there is work
-        // for more, two of them do as much as one. What has no block to decode helps with the table and the activations.
-        let half = needs.warps / 2;
-        let span = tasks.iter().map(|t| t.span).max().unwrap_or(0);
-        let (n_warps, n_ctas) = match fit(self.shared_limit / 2 - 1024) >= half && needs.splits {
-            _ if span > 0 => (span.max(ROW_WARPS).min(fit(self.shared_limit)), 0),
-            true if total <= (self.n_multiprocessors * half) as usize => (half, self.n_multiprocessors),
-            true => (half, 2 * self.n_multiprocessors),
-            false => (fit(self.shared_limit), self.n_multiprocessors),
-        };
-        if n_warps < span.max(1) {
-            return Err(Error::unsupported(
-                "encoded tensor",
-                format!(
-                    "its table and input take {} bytes of shared memory, the GPU has {} a block; compress the model \
-                     with --prefer speed",
-                    table_bytes + needs.block_bytes,
-                    self.shared_limit
-                ),
-            ));
-        }
+        let n_blocks = |t: &Task| t.matrix.n_rows.div_ceil(BLOCK_ROWS as u32) as usize * t.matrix.n_col_blocks as usize;
+        let total: usize = tasks.iter().map(n_blocks).sum();
         let mut first_cta = 0;
         for task in tasks.iter_mut() {
-            task.first_cta = first_cta;
-            if span > 0 {
-                task.n_ctas = (items(task) as u32).div_ceil(span);
-                first_cta += task.n_ctas;
-                continue;
-            }
-            let n_items = items(task);
-            let share = (n_items * n_ctas as usize / total).max(1);
-            task.n_ctas = share.min(n_items) as u32;
+            let share = (n_blocks(task) * self.n_multiprocessors as usize / total).max(1);
+            (task.first_cta, task.n_ctas) = (first_cta, share.min(n_blocks(task)) as u32);
             first_cta += task.n_ctas;
         }
-        let shared_bytes = needs.shared_bytes(table_bytes, n_warps);
+        launch.table_bytes = tasks.iter().map(|t| 8 << t.matrix.table_bits).max().unwrap_or(0);
+        let (n_warps, shared_bytes) = self.fit(launch.table_bytes, DENSE_NEEDS, DENSE_NEEDS.warps, 0)?;
         let grid = Grid { blocks: (first_cta, 1, 1), threads: 32 * n_warps, shared_bytes };
         // SAFETY: the structures are the kernels', the pointers those of validated tensors, the outputs the caller's
         // promise.
         unsafe { device.launch(kernel, grid, &launch) }
+    }
+
+    /// The warps of a block, up to `warps`, that the shared memory allows, and how much of that they take: with so many bytes of tables, and so many more
+    /// for each warp.
+    fn fit(&self, table_bytes: u32, needs: Needs, warps: u32, slots_bytes: u32) -> Result<(u32, u32)> {
+        let (fixed, each) = (table_bytes + needs.block_bytes, RING_BYTES + needs.tile_bytes + slots_bytes);
+        let n_warps = (self.shared_limit.saturating_sub(fixed) / each).min(warps);
+        match n_warps {
+            0 => Err(Error::unsupported(
+                "encoded tensor",
+                format!(
+                    "its table and input take {fixed} bytes of shared memory and a warp {each}, the GPU has {} a block; \
+                     compress the model with --prefer speed",
+                    self.shared_limit
+                ),
+            )),
+            _ => Ok((n_warps, fixed + n_warps * each)),
+        }
     }
 
     /// Decodes matrices to BF16 values, row-major, each into its buffer of at least `n_rows · n_cols`: a launch for every
@@ -562,12 +518,10 @@ impl EncodedKernels {
         for jobs in groups(jobs, |job| job.0) {
             let mut launch = Launch { n_tasks: jobs.len() as u32, ..Default::default() };
             for (task, (m, _, out)) in launch.tasks.iter_mut().zip(&jobs) {
-                let (matrix, codec) = (m.description, m.codec);
-                *task =
-                    Task { matrix, out: *out, strip: 1, n_strips: matrix.n_col_blocks, codec, ..Default::default() };
+                *task = Task { matrix: m.description, out: *out, codec: m.codec, ..Default::default() };
             }
             // SAFETY: the buffers were checked.
-            unsafe { self.launch(device, kernel(&jobs[0].0.kernels), launch, DENSE_NEEDS)? };
+            unsafe { self.launch_decode(device, kernel(&jobs[0].0.kernels), launch)? };
         }
         Ok(())
     }
@@ -599,10 +553,11 @@ impl EncodedKernels {
         n_tokens: usize,
         out: u64,
     ) -> Result<()> {
-        let mut launch = Launch { n_tasks: 1, n_tokens: n_tokens as u32, tokens, ..Default::default() };
+        let (n_tokens, table_bytes) = (n_tokens as u32, matrix.table_bytes());
+        let mut launch = Launch { n_tasks: 1, n_tokens, tokens, table_bytes, ..Default::default() };
         launch.tasks[0] = Task { matrix: matrix.description, out, codec: matrix.codec, ..Default::default() };
-        let shared_bytes = matrix.table_bytes() + RING_BYTES;
-        let grid = Grid { blocks: (matrix.description.n_col_blocks, n_tokens as u32, 1), threads: 32, shared_bytes };
+        let blocks = (matrix.description.n_col_blocks, n_tokens, 1);
+        let grid = Grid { blocks, threads: 32, shared_bytes: table_bytes + RING_BYTES };
         // SAFETY: as in `launch`; the buffers are the caller's promise.
         unsafe { device.launch(&matrix.kernels.gather_rows, grid, &launch) }
     }
@@ -627,7 +582,7 @@ impl EncodedKernels {
     }
 
     /// `silu(a) · b`, element by element, where `a` and `b` are the two products, into the first one's output. False, with
-    /// nothing done: these two do not share kernels.
+    /// nothing done: these two do not share kernels, or their tables have no room beside each other.
     pub fn gated_product(
         &self,
         device: &Device,
@@ -641,8 +596,11 @@ impl EncodedKernels {
             return Ok(false);
         }
         let jobs = jobs(device, products);
-        self.launch_products(device, operand, &x, &jobs, true)?;
-        Ok(true)
+        let fits = self.cut(&jobs, x.n_tokens as u32, true).is_ok();
+        if fits {
+            self.launch_products(device, operand, &x, &jobs, true)?;
+        }
+        Ok(fits)
     }
 
     fn check_products(&self, operand: &OperandBuffer, x: &Activations<'_>, products: &[Product<'_>]) -> Result<()> {
@@ -674,12 +632,8 @@ impl EncodedKernels {
         gated: bool,
     ) -> Result<()> {
         let stream = device.stream();
-        let scratch = Scratch {
-            partials: self.partials.device_ptr(stream).0,
-            arrived: self.arrived.device_ptr(stream).0,
-            units: self.units.device_ptr(stream).0,
-            operand: operand.data.device_ptr_mut(stream).0,
-        };
+        let scratch =
+            Scratch { units: self.units.device_ptr(stream).0, operand: operand.data.device_ptr_mut(stream).0 };
         let data = x.data.device_ptr(stream).0 + (4 * x.first * jobs[0].0.n_cols()) as u64;
         let (norm, eps) = x.norm.map_or((0, 0.0), |(weight, eps)| (weight.device_ptr(stream).0, eps));
         let input = Input { data, n_tokens: x.n_tokens, norm, eps };
@@ -690,7 +644,7 @@ impl EncodedKernels {
     /// One launch; the jobs share kernels.
     ///
     /// # Safety
-    /// Activations, biases, outputs and scratch have the room that [`Self::product`] describes and [`Strips`] counts.
+    /// Activations, biases, outputs and scratch have the room that [`Self::product`] describes.
     unsafe fn launch_products_at(
         &self,
         device: &Device,
@@ -708,6 +662,7 @@ impl EncodedKernels {
             _ => (2, 2),
         };
         let (units, n_tokens) = (scratch.units, n_tokens as u32);
+        let cut = self.cut(jobs, n_tokens, gated)?;
         if n_tokens > 1 {
             let prepare = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
             let grid = Grid { blocks: (8 * tiles, 1, 1), threads: 1024, shared_bytes: 0 };
@@ -717,104 +672,69 @@ impl EncodedKernels {
             unsafe { device.launch(prepare, grid, &params)? };
             data = out;
         }
-        let needs = product_needs(n_tokens as usize, is_int8, n_cols);
-        let mut launch = Launch {
-            n_tasks: jobs.len() as u32,
-            n_tokens,
-            x: data,
-            units,
-            norm,
-            eps,
-            gated: gated.into(),
-            ..Default::default()
-        };
-        self.add_tasks(scratch, &mut launch, jobs, needs)?;
-        // SAFETY: the buffers are the caller's promise.
-        unsafe { self.launch(device, &jobs[0].0.kernels.product[kernel], launch, needs) }
+        let n_tasks = jobs.len() as u32;
+        let mut launch =
+            Launch { n_tasks, n_tokens, x: data, units, norm, eps, gated: gated.into(), ..Default::default() };
+        (launch.n_slots, launch.table_bytes) = (cut.n_slots, cut.table_bytes);
+        let mut first_cta = 0;
+        for (i, (task, &(m, bias, out, adds))) in launch.tasks.iter_mut().zip(jobs).enumerate() {
+            let (n_ctas, early) = (cut.n_ctas[i], cut.early.into());
+            let (matrix, codec) = (m.description, m.codec);
+            *task = Task { matrix, out, bias, first_cta, n_ctas, early, codec, adds: adds.into() };
+            // The two of a gated product share theirs.
+            first_cta += if gated { 0 } else { n_ctas };
+        }
+        let blocks = if gated { cut.n_ctas[0] } else { first_cta };
+        let grid = Grid { blocks: (blocks, 1, 1), threads: 32 * cut.n_warps, shared_bytes: cut.shared_bytes };
+        // SAFETY: the structures are the kernels', the pointers those of validated tensors, the buffers the caller's promise.
+        unsafe { device.launch(&jobs[0].0.kernels.product[kernel], grid, &launch) }
     }
 
-    /// How the products of one launch are cut into strips. Short strips keep all warps busy, long ones leave fewer sums to add
-    /// up.
-    fn strips<'m>(
-        &self,
-        matrices: impl Iterator<Item = &'m EncodedMatrix> + Clone,
-        n_tokens: usize,
-        needs: Needs,
-    ) -> Result<Strips> {
-        let all_warps = (self.n_multiprocessors * needs.warps) as usize;
-        let sums = BLOCK_ROWS * n_tokens;
-        let n_strips = |strip: usize| matrices.clone().map(|m| m.n_row_blocks() * m.n_strips(strip)).sum::<usize>();
-        // The slowest warp's blocks, and a third of one's time for the end of each strip.
-        let cost = |strip: usize| n_strips(strip).div_ceil(all_warps) * (3 * strip + 1);
-        let widest = matrices.clone().map(|m| m.description.n_col_blocks as usize).max().unwrap_or(1);
-        let strips = (1..=widest).filter(|&strip| n_strips(strip) * sums <= PARTIALS);
-        let n_row_blocks: usize = matrices.clone().map(EncodedMatrix::n_row_blocks).sum();
-        // Where thread blocks can have whole row blocks, all at once, they add up the strips by themselves. With few blocks each has one, so that
-        // several fit on a multiprocessor, those of the next kernel beside the last of this one, and decode before the activations are there.
-        let per_row = matrices.clone().next().map_or(1, |m| m.n_strips(1));
-        let table_bytes = matrices.clone().map(EncodedMatrix::table_bytes).max().unwrap_or(0);
-        let few = n_row_blocks * per_row <= (FEW_WARPS * self.n_multiprocessors) as usize;
-        let rows_at_once = if few { 1 } else { n_row_blocks.div_ceil(self.n_multiprocessors as usize) };
-        let n_ctas = n_row_blocks.div_ceil(rows_at_once.max(1));
-        let warps = ROW_WARPS.max((per_row * rows_at_once) as u32);
-        let at_once =
-            (needs.warps / warps).min((self.shared_limit + 1024) / (needs.shared_bytes(table_bytes, warps) + 2048));
-        let alone = n_tokens == 1
-            && matrices.clone().all(|m| m.n_strips(1) == per_row)
-            && n_ctas <= (at_once * self.n_multiprocessors) as usize;
-        let (strip, span) = match alone {
-            true => (1, per_row * rows_at_once),
-            false => (strips.min_by_key(|&strip| cost(strip)).unwrap_or(widest), 0),
-        };
-        let n_sums = n_strips(strip) * sums;
-        if n_sums > PARTIALS || n_row_blocks > MAX_ROW_BLOCKS {
-            return Err(Error::Parameter(format!(
-                "{} matrices have {n_row_blocks} row blocks together; one launch takes up to {}: give it fewer",
-                matrices.count(),
-                PARTIALS / sums
-            )));
+    /// How a launch of products is cut: which thread blocks, with whole row blocks each, of how many warps.
+    fn cut(&self, jobs: &[Job<'_>], n_tokens: u32, gated: bool) -> Result<Cut> {
+        let matrices = || jobs.iter().map(|job| job.0);
+        let n_blocks = |m: &EncodedMatrix| m.n_row_blocks() as u64 * u64::from(m.description.n_col_blocks);
+        let needs = product_needs(n_tokens as usize, jobs[0].0.format == Format::Int8, jobs[0].0.n_cols());
+        let (n_teams, n) = (if gated { 2 } else { 1 }, self.n_multiprocessors);
+        let total: u64 = matrices().map(n_blocks).sum();
+        let small = total as f64 <= SMALL * f64::from(needs.warps * n);
+        let widest = matrices().map(|m| m.description.n_col_blocks).max().unwrap_or(1);
+        let most = needs.warps;
+        let wanted = if small { (n_teams * widest).clamp(PRODUCT_WARPS.min(most), most) } else { most };
+        let rows = THREAD_BLOCK_ROWS[usize::from(n_tokens > 1)];
+        let mut cut = Cut::default();
+        for (n_ctas, m) in cut.n_ctas.iter_mut().zip(matrices()) {
+            let n_rows = m.n_row_blocks() as u32;
+            let share = if gated { n } else { (u64::from(n) * n_blocks(m) / total) as u32 };
+            *n_ctas = if small { n_rows } else { share.clamp(n_rows.div_ceil(rows), n_rows) };
         }
-        Ok(Strips { strip, span, early: few && alone, n_sums })
-    }
-
-    /// Sets the tasks of products: how many blocks of a row a warp takes, and where its sums go.
-    fn add_tasks(&self, scratch: &Scratch, launch: &mut Launch, jobs: &[Job<'_>], needs: Needs) -> Result<()> {
-        let n_tokens = launch.n_tokens as usize;
-        let Strips { strip, span, early, .. } = self.strips(jobs.iter().map(|job| job.0), n_tokens, needs)?;
-        let (mut n_sums, mut n_row_blocks) = (0, 0);
-        for (task, &(m, bias, out, adds)) in launch.tasks.iter_mut().zip(jobs) {
-            let n_strips = m.n_strips(strip);
-            *task = Task {
-                matrix: m.description,
-                out,
-                bias,
-                partials: scratch.partials + 8 * n_sums as u64,
-                arrived: if m.arrived != 0 { m.arrived } else { scratch.arrived + 4 * n_row_blocks as u64 },
-                strip: strip as u32,
-                n_strips: n_strips as u32,
-                span: span as u32,
-                early: (early && m.decodes_early()).into(),
-                codec: m.codec,
-                adds: adds.into(),
-                ..Default::default()
-            };
-            n_sums += m.n_row_blocks() * n_strips * BLOCK_ROWS * n_tokens;
-            // The two of a gated product count together.
-            n_row_blocks += if launch.gated == 0 { m.n_row_blocks() } else { 0 };
+        let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| (m.n_row_blocks() as u32).div_ceil(n)).max();
+        cut.table_bytes = matrices().map(EncodedMatrix::table_bytes).max().unwrap_or(0);
+        // A team of warps has a slot for each of them and each row block.
+        let slot_bytes = SLOT_BYTES * n_tokens;
+        let fixed = n_teams * (cut.table_bytes + deepest.unwrap_or(1) * slot_bytes);
+        let (n_warps, shared_bytes) = self.fit(fixed, needs, wanted, slot_bytes)?;
+        cut.n_warps = n_warps / n_teams * n_teams;
+        if cut.n_warps == 0 {
+            return Err(Error::Parameter("two matrices of a gated product have no room beside each other".into()));
         }
-        Ok(())
+        cut.n_slots = cut.n_warps / n_teams + deepest.unwrap_or(1);
+        cut.shared_bytes = shared_bytes;
+        let one_each = |m: &EncodedMatrix| m.decodes_early() && m.description.n_col_blocks * n_teams <= cut.n_warps;
+        cut.early = small && n_tokens == 1 && matrices().all(one_each);
+        Ok(cut)
     }
 }
 
 /// What a product of `n_tokens` tokens of `n_cols` columns needs.
 fn product_needs(n_tokens: usize, is_int8: bool, n_cols: usize) -> Needs {
     // One token's activations are brought into shared memory, those for integers as two bytes; with what a sum is worth, and zeros.
-    let block_bytes = n_cols.next_multiple_of(32) as u32 * if is_int8 { 2 } else { 4 } + 144;
+    let block_bytes = n_cols.next_multiple_of(32) as u32 * if is_int8 { 2 } else { 4 } + 192;
     match (n_tokens, is_int8) {
-        (1, true) => Needs { tile_bytes: EARLY_BYTES, block_bytes, warps: 32, splits: true },
-        (1, false) => Needs { tile_bytes: 256, block_bytes, warps: 32, splits: true },
-        (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: 16, splits: false },
-        (_, false) => Needs { tile_bytes: 2048, block_bytes: 0, warps: 16, splits: false },
+        (1, true) => Needs { tile_bytes: EARLY_BYTES, block_bytes, warps: 32 },
+        (1, false) => Needs { tile_bytes: 256, block_bytes, warps: 32 },
+        (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: if n_tokens > 8 { 20 } else { 16 } },
+        (_, false) => Needs { tile_bytes: 2048, block_bytes: 0, warps: 16 },
     }
 }
 
@@ -1082,6 +1002,8 @@ mod tests {
             let bias = random(n_rows, 5);
             let bias_dev = stream.clone_htod(&bias).unwrap();
             let codes = t.decode_codes(Cpu::Scalar).unwrap();
+            let value = |i: usize| f64::from(code_value(t.format(), codes.get(i)) * t.scale(i / n_cols));
+            let values: Vec<f64> = (0..n_rows * n_cols).map(value).collect();
             for n_tokens in [1, 2, 8, 9, 16] {
                 let x = random(n_tokens * n_cols, n_tokens as u64);
                 let x_dev = stream.clone_htod(&x).unwrap();
@@ -1101,12 +1023,12 @@ mod tests {
                         (0..n_tokens * n_rows).map(|i| y[i % n_rows * n_tokens + i / n_rows]).collect();
                     assert_same(&format!("{what}, {n_tokens} tokens"), n_rows, &found[0], &expected);
                 }
-                for (i, (&y, &with_bias)) in found[0].iter().zip(&found[1]).enumerate() {
+                // Of many rows some: there are as many in every row block.
+                let all = found[0].iter().zip(&found[1]).enumerate();
+                for (i, (&y, &with_bias)) in all.step_by(if n_rows > 1000 { 37 } else { 1 }) {
                     let (token, row) = (i / n_rows, i % n_rows);
-                    let terms = (0..n_cols).map(|c| {
-                        let w = code_value(t.format(), codes.get(row * n_cols + c)) * t.scale(row);
-                        f64::from(w) * f64::from(x[token * n_cols + c])
-                    });
+                    let x = &x[token * n_cols..][..n_cols];
+                    let terms = values[row * n_cols..].iter().zip(x).map(|(w, &x)| w * f64::from(x));
                     let (sum, all) = terms.fold((0.0, 0.0), |(s, a), v| (s + v, a + v.abs()));
                     // Patched weights count as what stands in their place, too.
                     let filler =
@@ -1179,7 +1101,8 @@ mod tests {
                     Product { matrix: &matrices[1], bias: None, out: &mut unused, adds: false },
                 ];
                 let together = kernels.gated_product(&device, &mut operand, input, pair).unwrap();
-                assert_eq!(together, Arc::ptr_eq(&matrices[0].kernels, &matrices[1].kernels));
+                let fit = matrices.iter().all(|m| m.table_bytes() <= 8 << 13);
+                assert_eq!(together, fit && Arc::ptr_eq(&matrices[0].kernels, &matrices[1].kernels), "{what}");
                 let gated = stream.clone_dtoh(&gated).unwrap();
                 for i in (0..n_tokens * n_rows).step_by(7) {
                     let ((a, a_off), (b, b_off)) = (expected(0, i), expected(1, i));

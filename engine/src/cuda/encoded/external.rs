@@ -4,8 +4,8 @@
 //! may be part of that library's graphs, and its allocator knows of every byte.
 
 use super::{
-    BLOCK_ROWS, DENSE_NEEDS, Device, EncodedKernels, EncodedMatrix, Error, Format, Input, Job, Launch, Layout,
-    PRODUCT_TOKENS, Result, Scratch, Task, check_layout, groups, product_needs, table_entries,
+    Device, EncodedKernels, EncodedMatrix, Error, Input, Job, Launch, Layout, PRODUCT_TOKENS, Result, Scratch, Task,
+    check_layout, groups, table_entries,
 };
 
 /// A GPU with the kernels loaded, for matrices and streams of another library.
@@ -21,15 +21,8 @@ pub struct ExternalMatrix<'a> {
     pub layout: &'a Layout,
     /// The tensor's bytes, as they lie in the archive; at a multiple of 64.
     pub data: u64,
-    /// What [`External::tables`] made. Launches that share it go one after another.
-    pub tables: u64,
-}
-
-/// The memory of a launch that [`External::workspace_bytes`] counts, cut.
-struct Workspace {
-    units: u64,
-    operand: u64,
-    partials: u64,
+    /// What [`External::table`] made.
+    pub table: u64,
 }
 
 const UNITS_BYTES: usize = 8 * PRODUCT_TOKENS;
@@ -45,7 +38,7 @@ impl External {
     /// As [`Device::open`].
     pub fn open(index: usize) -> Result<Self> {
         let device = Device::open(index)?;
-        let kernels = EncodedKernels::with_scratch(&device, 0, 0)?;
+        let kernels = EncodedKernels::new(&device)?;
         Ok(Self { device, kernels })
     }
 
@@ -54,22 +47,16 @@ impl External {
         PRODUCT_TOKENS
     }
 
-    /// What the kernels look up beside the tensor's own bytes, for the caller to put into the GPU's memory: the decoder's table,
-    /// then zeros with which its launches count. Launches leave it as it was.
+    /// What the kernels look up beside the tensor's own bytes, for the caller to put into the GPU's memory: the decoder's table.
     ///
     /// # Errors
     /// A tensor that the kernels do not take.
-    pub fn tables(layout: &Layout) -> Result<Vec<u64>> {
-        let mut words = table_entries(layout, check_layout(layout)?);
-        words.resize(words.len() + layout.n_rows().div_ceil(BLOCK_ROWS).div_ceil(2), 0);
-        Ok(words)
+    pub fn table(layout: &Layout) -> Result<Vec<u64>> {
+        Ok(table_entries(layout, check_layout(layout)?))
     }
 
     fn matrix(&self, matrix: &ExternalMatrix<'_>) -> Result<EncodedMatrix> {
-        let ExternalMatrix { layout, data, tables } = *matrix;
-        let mut matrix = EncodedMatrix::describe(&self.kernels, layout, data, tables)?;
-        matrix.arrived = tables + u64::from(matrix.table_bytes());
-        Ok(matrix)
+        EncodedMatrix::describe(&self.kernels, matrix.layout, matrix.data, matrix.table)
     }
 
     fn matrices(&self, matrices: &[ExternalMatrix<'_>]) -> Result<Vec<EncodedMatrix>> {
@@ -80,20 +67,12 @@ impl External {
         Ok(matrices)
     }
 
-    /// Bytes of working memory that [`Self::product`] needs for these matrices and 1 to 16 tokens.
-    ///
-    /// # Errors
-    /// Matrices that the kernels do not take, or that do not go together.
-    pub fn workspace_bytes(&self, matrices: &[ExternalMatrix<'_>], n_tokens: usize) -> Result<usize> {
-        let matrices = self.matrices(matrices)?;
-        let n_cols = matrices.first().map_or(0, EncodedMatrix::n_cols);
-        let jobs: Vec<_> = matrices.iter().collect();
-        let mut n_sums = 0;
-        for group in groups(&jobs, |m| *m) {
-            let needs = product_needs(n_tokens, group[0].format == Format::Int8, n_cols);
-            n_sums = n_sums.max(self.kernels.strips(group.iter().copied(), n_tokens, needs)?.n_sums);
+    /// Bytes of working memory that [`Self::product`] needs for matrices of so many columns and 1 to 16 tokens.
+    pub fn workspace_bytes(n_cols: usize, n_tokens: usize) -> usize {
+        match n_tokens {
+            1 => 0,
+            _ => UNITS_BYTES + operand_bytes(n_cols),
         }
-        Ok(UNITS_BYTES + operand_bytes(n_cols) + 8 * n_sums)
     }
 
     /// `out[t] = matrix · x[t] + bias` for each of the matrices, all f32; x `[n_tokens, n_cols]`, 1 to 16 tokens. `outs` holds the
@@ -121,16 +100,10 @@ impl External {
             )));
         }
         let matrices = self.matrices(matrices)?;
-        let n_cols = matrices.first().map_or(0, EncodedMatrix::n_cols);
-        let Workspace { units, operand, partials } = Workspace {
-            units: workspace,
-            operand: workspace + UNITS_BYTES as u64,
-            partials: workspace + (UNITS_BYTES + operand_bytes(n_cols)) as u64,
-        };
-        let scratch = Scratch { partials, arrived: 0, units, operand };
+        let scratch = Scratch { units: workspace, operand: workspace + UNITS_BYTES as u64 };
         let input = Input { data: x, n_tokens, norm: 0, eps: 0.0 };
         let jobs: Vec<Job<'_>> = matrices.iter().zip(outs).map(|(m, &(bias, out))| (m, bias, out, false)).collect();
-        // SAFETY: the caller's promises; each matrix has counters for its row blocks.
+        // SAFETY: the caller's promises.
         let device = unsafe { self.device.on_stream(stream as *mut _) };
         for jobs in groups(&jobs, |job| job.0) {
             // SAFETY: the same.
@@ -146,13 +119,11 @@ impl External {
     pub unsafe fn decode(&self, stream: u64, matrix: &ExternalMatrix<'_>, out: u64) -> Result<()> {
         let matrix = self.matrix(matrix)?;
         let mut launch = Launch { n_tasks: 1, ..Default::default() };
-        let n_strips = matrix.description.n_col_blocks;
-        let (description, codec) = (matrix.description, matrix.codec);
-        launch.tasks[0] = Task { matrix: description, out, strip: 1, n_strips, codec, ..Default::default() };
+        launch.tasks[0] = Task { matrix: matrix.description, out, codec: matrix.codec, ..Default::default() };
         // SAFETY: the caller's promises.
         unsafe {
             let device = self.device.on_stream(stream as *mut _);
-            self.kernels.launch(&device, &matrix.kernels.decode_values, launch, DENSE_NEEDS)
+            self.kernels.launch_decode(&device, &matrix.kernels.decode_values, launch)
         }
     }
 
