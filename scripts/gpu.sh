@@ -35,3 +35,4 @@ for cache in none lossless; do
 done
 cargo run --release -- demo --device cuda --json | tee "$out/demo.json"
 cargo run --release -- bench --device cuda --json | tee "$out/bench.json"
+scripts/chart.py "$out/bench.json" >"$out/gpu.svg"

@@ -130,11 +130,11 @@ pub trait Backend: Send + Sync + Sized {
     /// Begins a step: `tokens` stand at `first_position` and after it.
     fn begin(&self, batch: &mut Self::Batch, tokens: &[u32], first_position: usize) -> Result<()>;
 
-    /// Runs `pass`, which issues the operations of a step.
+    /// Runs `pass`, which issues the operations of a step; where it has to be recorded anew, more than once.
     ///
     /// With a recording, the step has one token, and `pass` issues the very operations, on the very buffers, that it did
     /// when the recording was made; so the backend may replay that instead of calling it.
-    fn run(&self, recording: Option<&mut Self::Recording>, pass: impl FnOnce() -> Result<()> + Send) -> Result<()>;
+    fn run(&self, recording: Option<&mut Self::Recording>, pass: impl FnMut() -> Result<()> + Send) -> Result<()>;
 
     /// `out[t] = table[token t]`; out `[n_tokens, n_cols]`.
     fn embed(&self, batch: &Self::Batch, table: &Self::Matrix, out: &mut Self::Buffer) -> Result<()>;

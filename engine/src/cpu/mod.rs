@@ -427,7 +427,7 @@ impl Backend for CpuBackend {
     }
 
     /// Enters the thread pool.
-    fn run(&self, _: Option<&mut ()>, pass: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+    fn run(&self, _: Option<&mut ()>, pass: impl FnMut() -> Result<()> + Send) -> Result<()> {
         self.pool.install(pass)
     }
 

@@ -18,8 +18,8 @@ use crate::error::{Error, Result};
 use crate::sampler::{self, Draw};
 use crate::weights::{DenseType, Weight};
 use codecllm_codec::Coder;
-use cudarc::driver::sys::{CUdeviceptr, CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaFunction, CudaGraph, CudaSlice, DevicePtr, DevicePtrMut};
+use cudarc::driver::sys::{CUdeviceptr, CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
+use cudarc::driver::{CudaFunction, CudaGraph, CudaSlice, DevicePtr, DevicePtrMut, DriverError};
 use half::bf16;
 use std::sync::{Mutex, MutexGuard};
 
@@ -585,18 +585,26 @@ impl Backend for CudaBackend {
         Ok(())
     }
 
-    fn run(&self, recording: Option<&mut Recording>, pass: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+    fn run(&self, recording: Option<&mut Recording>, mut pass: impl FnMut() -> Result<()> + Send) -> Result<()> {
         // nvCOMP does not promise that its calls can be recorded.
         let recording = recording.filter(|_| self.zstd().is_none());
         let Some(recording) = recording else { return pass() };
-        if recording.0.is_none() {
+        // Another thread of the process can invalidate a recording that it has nothing to do with, by loading code, say. Then it is made anew.
+        let mut retries = 3;
+        while recording.0.is_none() {
             let stream = self.device.stream();
             let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
             stream.begin_capture(mode).map_err(failed("recording a step"))?;
             let issued = pass();
             let graph = stream.end_capture(CUgraphInstantiate_flags(0));
+            let invalidated = |e: &DriverError| e.0 == CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+            if retries > 0 && graph.as_ref().is_err_and(invalidated) {
+                retries -= 1;
+                continue;
+            }
             issued?;
             recording.0 = graph.map_err(failed("recording a step"))?.map(Graph);
+            break;
         }
         let Some(graph) = &recording.0 else { return Err(Error::device("a step recorded nothing")) };
         graph.0.launch().map_err(failed("running a step"))
