@@ -368,12 +368,6 @@ impl EncodedMatrix {
         Ok(matrix)
     }
 
-    /// The same with memory of its own to go through.
-    #[cfg(test)]
-    pub fn new(device: &Device, kernels: &EncodedKernels, tensor: &EncodedTensor) -> Result<Self> {
-        Self::upload(device, kernels, &mut Upload::new(device)?, tensor)
-    }
-
     /// A matrix whose bytes lie at `base` and its table at `table`.
     fn describe(kernels: &EncodedKernels, tensor: &Layout, base: u64, table: u64) -> Result<Self> {
         let params = check_layout(tensor)?;
@@ -775,12 +769,12 @@ mod tests {
     use half::bf16;
     use std::path::PathBuf;
 
-    /// A GPU and its kernels, or nothing where there is none and none is required.
-    fn gpu() -> Option<(Device, EncodedKernels)> {
+    /// A GPU, its kernels and the way to its memory, or nothing where there is none and none is required.
+    fn gpu() -> Option<(Device, EncodedKernels, Upload)> {
         match Device::open(0) {
             Ok(device) => {
-                let kernels = EncodedKernels::new(&device).unwrap();
-                Some((device, kernels))
+                let (kernels, upload) = (EncodedKernels::new(&device).unwrap(), Upload::new(&device).unwrap());
+                Some((device, kernels, upload))
             }
             Err(e) if std::env::var_os("CODECLLM_REQUIRE_CUDA").is_none_or(|v| v != "1") => {
                 eprintln!("skipped, for want of a GPU: {e}");
@@ -940,12 +934,12 @@ mod tests {
 
     #[test]
     fn decodes_to_the_codes_of_the_plain_decoder() {
-        let Some((device, kernels)) = gpu() else { return };
+        let Some((device, kernels, mut upload)) = gpu() else { return };
         let stream = device.stream();
         let all: Vec<_> = vectors().into_iter().chain(tensors()).chain(many_blocks()).collect();
         // Twelve at once, of any kind.
         for tensors in all.chunks(12) {
-            let made = tensors.iter().map(|(_, t)| EncodedMatrix::new(&device, &kernels, t).unwrap());
+            let made = tensors.iter().map(|(_, t)| EncodedMatrix::upload(&device, &kernels, &mut upload, t).unwrap());
             let matrices: Vec<EncodedMatrix> = made.collect();
             let mut codes: Vec<CudaSlice<u8>> = tensors
                 .iter()
@@ -974,10 +968,10 @@ mod tests {
 
     #[test]
     fn gathers_rows() {
-        let Some((device, kernels)) = gpu() else { return };
+        let Some((device, kernels, mut upload)) = gpu() else { return };
         let stream = device.stream();
         for (what, t) in vectors().into_iter().chain(tensors()) {
-            let matrix = EncodedMatrix::new(&device, &kernels, &t).unwrap();
+            let matrix = EncodedMatrix::upload(&device, &kernels, &mut upload, &t).unwrap();
             let (last, n_cols) = (t.n_rows() - 1, t.n_cols());
             let rows = [last as u32, 0, last as u32 / 2, u32::MAX];
             let mut out = stream.clone_htod(&vec![7f32; 4 * n_cols]).unwrap();
@@ -993,11 +987,11 @@ mod tests {
 
     #[test]
     fn products_agree_with_the_decoded_weights() {
-        let Some((device, kernels)) = gpu() else { return };
+        let Some((device, kernels, mut upload)) = gpu() else { return };
         let mut operand = kernels.operand(&device, 4096).unwrap();
         let stream = device.stream();
         for (what, t) in vectors().into_iter().chain(tensors()).chain(many_blocks()) {
-            let matrix = EncodedMatrix::new(&device, &kernels, &t).unwrap();
+            let matrix = EncodedMatrix::upload(&device, &kernels, &mut upload, &t).unwrap();
             let (n_rows, n_cols) = (t.n_rows(), t.n_cols());
             let bias = random(n_rows, 5);
             let bias_dev = stream.clone_htod(&bias).unwrap();
@@ -1056,13 +1050,13 @@ mod tests {
     #[test]
     fn norms_gates_and_sums_are_part_of_products() {
         const EPS: f32 = 1e-5;
-        let Some((device, kernels)) = gpu() else { return };
+        let Some((device, kernels, mut upload)) = gpu() else { return };
         let mut operand = kernels.operand(&device, 4096).unwrap();
         let stream = device.stream();
         for (what, t) in tensors() {
             // Its partner has the same shape and kernels, and other parameters where the encoder chooses them.
             let partner = tensor_like(&t);
-            let matrices = [&t, &partner].map(|t| EncodedMatrix::new(&device, &kernels, t).unwrap());
+            let matrices = [&t, &partner].map(|t| EncodedMatrix::upload(&device, &kernels, &mut upload, t).unwrap());
             let (n_rows, n_cols) = (t.n_rows(), t.n_cols());
             let values = [&t, &partner].map(|t| {
                 let codes = t.decode_codes(Cpu::Scalar).unwrap();
@@ -1130,7 +1124,7 @@ mod tests {
 
     #[test]
     fn a_corrupt_payload_stays_in_bounds() {
-        let Some((device, kernels)) = gpu() else { return };
+        let Some((device, kernels, mut upload)) = gpu() else { return };
         let stream = device.stream();
         let mut operand = kernels.operand(&device, 4096).unwrap();
         for (what, t) in vectors().into_iter().chain(tensors()) {
@@ -1142,7 +1136,7 @@ mod tests {
             // Between sections there are zeros.
             bytes[t.sections().raw.end..t.sections().stream.start].fill(0);
             let t = EncodedTensor::parse(bytes.into(), Checks::None).unwrap_or_else(|e| panic!("{what}: {e}"));
-            let matrix = EncodedMatrix::new(&device, &kernels, &t).unwrap();
+            let matrix = EncodedMatrix::upload(&device, &kernels, &mut upload, &t).unwrap();
             let mut values = stream.alloc_zeros(t.n_rows() * t.n_cols()).unwrap();
             kernels.decode(&device, &mut [(&matrix, &mut values)]).unwrap();
             for n_tokens in [1, 3, 16] {
