@@ -59,10 +59,10 @@ impl Prefer {
             (Self::Balanced, _) => 0.002 * table,
             (Self::Speed, 1) => 1.0,
             (Self::Speed, 2) => 0.45 + 0.01 * table,
-            // Eight parts of one bit: where the codes are integers, GPU kernels have them.
-            (Self::Speed, 8) if format.is_integer() => 0.01 * table,
-            (Self::Speed, 4) if format.is_integer() => 0.30 + 0.01 * table,
-            (Self::Speed, 4) => 0.16 + 0.01 * table,
+            // What GPU kernels are made for, where the codes are integers: eight parts of one bit, or four.
+            (Self::Speed, 8) if format.is_integer() && (3..=7).contains(&params.raw_bits) => 0.01 * table,
+            (Self::Speed, 4) if format.is_integer() && (1..=6).contains(&params.raw_bits) => 0.30 + 0.01 * table,
+            (Self::Speed, 4) if !format.is_integer() => 0.16 + 0.01 * table,
             (Self::Speed, _) => 1.0,
         };
         look_ups + 0.008 * raw_fields(params.raw_bits).count() as f64

@@ -898,6 +898,19 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_is_encoded_for_speed_has_kernels() {
+        let source = tensor(256, 512, 7);
+        // From 7 bits to 2.2. Below two the encoder takes codes without a raw sign.
+        let steps = (0..6).map(|i| (Format::Rate, Some(0.002 * 2f32.powi(i))));
+        for (format, step) in [Format::Int8, Format::Fp8, Format::Bf16].map(|f| (f, None)).into_iter().chain(steps) {
+            let options = EncodeOptions { format, prefer: Prefer::Speed, step, ..Default::default() };
+            let t = parse(encode_tensor(&source, &options).unwrap());
+            let params = t.params().unwrap();
+            assert!(is_fast(kernel_format(&t.layout()), params), "{format}, step {step:?}: {params:?}");
+        }
+    }
+
     fn code_bytes(tensor: &EncodedTensor) -> Vec<u8> {
         match tensor.decode_codes(Cpu::Scalar).unwrap() {
             Codes::U8(codes) => codes.into_owned(),

@@ -251,27 +251,46 @@ fn encode_options_of(source: &Tensor, format: Format, options: &Options<'_>) -> 
     let prefer = options.gpu.prefer.unwrap_or(Prefer::Speed);
     let mut encode = EncodeOptions { params: options.gpu.params, ..encode_options(format, prefer, source)? };
     if format == Format::Rate {
-        encode.step = Some(step_for(source, options.gpu.bits.unwrap_or(RATE_BITS), &encode)?);
+        encode = at_bits(source, options.gpu.bits.unwrap_or(RATE_BITS), encode)?;
     }
     Ok(encode)
 }
 
-/// The step at which the first rows of a matrix take so many bits a weight.
-fn step_for(source: &Tensor, bits: f64, encode: &EncodeOptions) -> Result<f32> {
+/// The options with the step, and the parameters, at which the first rows of a matrix take so many bits a weight.
+fn at_bits(source: &Tensor, bits: f64, encode: EncodeOptions) -> Result<EncodeOptions> {
     let (n_rows, n_cols) = (source.shape[0], source.shape[1]);
     let n_rows = n_rows.min(SEARCH_WEIGHTS.div_ceil(n_cols));
     let data = source.data.slice(..2 * n_rows * n_cols);
     let sample = Tensor { shape: vec![n_rows, n_cols], data, ..source.clone() };
     let rms = rms(&sample)?;
-    // Logarithms of the step over the root mean square: bits fall as they rise.
-    let (mut fine, mut coarse) = (-6.0f64, 3.0f64);
-    for _ in 0..10 {
-        let middle = (fine + coarse) / 2.0;
-        let step = Some((rms * middle.exp2()) as f32);
-        let bytes = encode_tensor(&sample, &EncodeOptions { step, ..*encode })?;
-        if 8.0 * bytes.len() as f64 > bits * (n_rows * n_cols) as f64 { fine = middle } else { coarse = middle }
+    let sized = |encode: &EncodeOptions| -> Result<f64> {
+        Ok(8.0 * encode_tensor(&sample, encode)?.len() as f64 / (n_rows * n_cols) as f64)
+    };
+    // Logarithms of the step over the root mean square: bits fall as they rise. From above the bits and from below.
+    let search = |encode: &EncodeOptions| -> Result<[EncodeOptions; 2]> {
+        let at = |log: f64| EncodeOptions { step: Some((rms * log.exp2()) as f32), ..*encode };
+        let (mut fine, mut coarse) = (-6.0, 3.0);
+        for _ in 0..10 {
+            let middle = (fine + coarse) / 2.0;
+            if sized(&at(middle))? > bits { fine = middle } else { coarse = middle }
+        }
+        Ok([at(fine), at(coarse)])
+    };
+    let around = search(&encode)?;
+    if encode.params.is_some() {
+        return Ok(around[1]);
     }
-    Ok((rms * coarse.exp2()) as f32)
+    // The encoder's choice changes at some steps, and the bits with it by more than a little. So it is made once, on either side.
+    let mut best = (f64::INFINITY, encode);
+    for side in around {
+        let params = encode_parsed(&sample, &side)?.params().copied();
+        let [_, found] = search(&EncodeOptions { params, ..encode })?;
+        let off = (sized(&found)? - bits).abs();
+        if off < best.0 {
+            best = (off, found);
+        }
+    }
+    Ok(best.1)
 }
 
 /// Prints the report as a table.
@@ -323,8 +342,7 @@ mod tests {
         let source = Workload::of_shape(512, 2048, 1, 0).matrices[0].tensor();
         for bits in [3.0, 4.5, 6.0] {
             let encode = encode_options(Format::Rate, Prefer::Speed, &source).unwrap();
-            let step = Some(step_for(&source, bits, &encode).unwrap());
-            let bytes = encode_tensor(&source, &EncodeOptions { step, ..encode }).unwrap();
+            let bytes = encode_tensor(&source, &at_bits(&source, bits, encode).unwrap()).unwrap();
             let found = 8.0 * bytes.len() as f64 / (512.0 * 2048.0);
             assert!((found - bits).abs() < 0.05, "{found} for {bits}");
         }
