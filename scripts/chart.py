@@ -7,12 +7,12 @@
 import json
 import sys
 
-FORMATS = {"rate": "#1b7f5c", "int8": "#2f6db5", "bf16": "#b5652f"}
+FORMATS = {"rate": "#1b7f5c", "int8": "#2f6db5", "bf16": "#b5652f", "fp8": "#7a4fa3"}
 WIDTH, LEFT, RIGHT, BAR, GAP = 760, 150, 110, 11, 12
 
 
 def groups(report):
-    """Title, unit and rows (name, {format: (ratio, text)}) of each panel."""
+    """Title and rows (name, {format: (ratio, text)}) of each panel."""
     products = {}
     for r in (report.get("kernels") or {}).get("results", []):
         if r["operation"] == "product" and r.get("tokens") == 1:
@@ -43,7 +43,10 @@ def main():
     body, y = [], 24
     text = lambda x, y, s, more="": body.append(f'<text x="{x:.0f}" y="{y:.0f}" {more}>{s}</text>')
     x = LEFT
+    drawn = {format for _, rows in panels for _, bars in rows for format in bars}
     for name, color in FORMATS.items():
+        if name not in drawn:
+            continue
         body.append(f'<rect x="{x}" y="{y - 10}" width="11" height="11" fill="{color}"/>')
         text(x + 16, y, name)
         x += 70
@@ -64,8 +67,7 @@ def main():
             y += GAP
         one = LEFT + scale
         body.insert(line, f'<line x1="{one:.1f}" x2="{one:.1f}" y1="{top}" y2="{y - GAP}" stroke="#555" stroke-dasharray="3 3"/>')
-    device = report["device"] if isinstance(report["device"], str) else report["device"].get("name", "")
-    text(8, y + 16, f"{device}; the dashed line is BF16", 'fill="#555"')
+    text(8, y + 16, f"{report['device']}; the dashed line is BF16", 'fill="#555"')
     print(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 28}" font-family="sans-serif" font-size="12">'
         f'<rect width="100%" height="100%" fill="#fff"/>{"".join(body)}</svg>'

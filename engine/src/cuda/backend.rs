@@ -591,20 +591,21 @@ impl Backend for CudaBackend {
         let Some(recording) = recording else { return pass() };
         // Another thread of the process can invalidate a recording that it has nothing to do with, by loading code, say. Then it is made anew.
         let mut retries = 3;
-        while recording.0.is_none() {
-            let stream = self.device.stream();
-            let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-            stream.begin_capture(mode).map_err(failed("recording a step"))?;
-            let issued = pass();
-            let graph = stream.end_capture(CUgraphInstantiate_flags(0));
-            let invalidated = |e: &DriverError| e.0 == CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
-            if retries > 0 && graph.as_ref().is_err_and(invalidated) {
+        if recording.0.is_none() {
+            let graph = loop {
+                let stream = self.device.stream();
+                let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+                stream.begin_capture(mode).map_err(failed("recording a step"))?;
+                let issued = pass();
+                let graph = stream.end_capture(CUgraphInstantiate_flags(0));
+                let invalidated = |e: &DriverError| e.0 == CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+                if retries == 0 || !graph.as_ref().is_err_and(invalidated) {
+                    issued?;
+                    break graph.map_err(failed("recording a step"))?;
+                }
                 retries -= 1;
-                continue;
-            }
-            issued?;
-            recording.0 = graph.map_err(failed("recording a step"))?.map(Graph);
-            break;
+            };
+            recording.0 = graph.map(Graph);
         }
         let Some(graph) = &recording.0 else { return Err(Error::device("a step recorded nothing")) };
         graph.0.launch().map_err(failed("running a step"))

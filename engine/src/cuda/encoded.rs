@@ -267,7 +267,7 @@ impl EncodedKernels {
 
     /// Room for the activations of up to 16 tokens of up to `max_cols` columns.
     pub fn operand(&self, device: &Device, max_cols: usize) -> Result<OperandBuffer> {
-        let data = device.zeros(max_cols.next_multiple_of(32) * 4 * PRODUCT_TOKENS)?;
+        let data = device.zeros(operand_bytes(max_cols))?;
         Ok(OperandBuffer { data, max_cols })
     }
 }
@@ -693,8 +693,7 @@ impl EncodedKernels {
         let total: u64 = matrices().map(n_blocks).sum();
         let small = total as f64 <= SMALL * f64::from(needs.warps * n);
         let widest = matrices().map(|m| m.description.n_col_blocks).max().unwrap_or(1);
-        let most = needs.warps;
-        let wanted = if small { (n_teams * widest).clamp(PRODUCT_WARPS.min(most), most) } else { most };
+        let wanted = if small { (n_teams * widest).clamp(PRODUCT_WARPS, needs.warps) } else { needs.warps };
         let rows = THREAD_BLOCK_ROWS[usize::from(n_tokens > 1)];
         let mut cut = Cut::default();
         for (n_ctas, m) in cut.n_ctas.iter_mut().zip(matrices()) {
@@ -702,22 +701,28 @@ impl EncodedKernels {
             let share = if gated { n } else { (u64::from(n) * n_blocks(m) / total) as u32 };
             *n_ctas = if small { n_rows } else { share.clamp(n_rows.div_ceil(rows), n_rows) };
         }
-        let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| (m.n_row_blocks() as u32).div_ceil(n)).max();
+        let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| (m.n_row_blocks() as u32).div_ceil(n));
+        let deepest = deepest.max().unwrap_or(1);
         cut.table_bytes = matrices().map(EncodedMatrix::table_bytes).max().unwrap_or(0);
         // A team of warps has a slot for each of them and each row block.
         let slot_bytes = SLOT_BYTES * n_tokens;
-        let fixed = n_teams * (cut.table_bytes + deepest.unwrap_or(1) * slot_bytes);
+        let fixed = n_teams * (cut.table_bytes + deepest * slot_bytes);
         let (n_warps, shared_bytes) = self.fit(fixed, needs, wanted, slot_bytes)?;
         cut.n_warps = n_warps / n_teams * n_teams;
         if cut.n_warps == 0 {
             return Err(Error::Parameter("two matrices of a gated product have no room beside each other".into()));
         }
-        cut.n_slots = cut.n_warps / n_teams + deepest.unwrap_or(1);
+        cut.n_slots = cut.n_warps / n_teams + deepest;
         cut.shared_bytes = shared_bytes;
         let one_each = |m: &EncodedMatrix| m.decodes_early() && m.description.n_col_blocks * n_teams <= cut.n_warps;
         cut.early = small && n_tokens == 1 && matrices().all(one_each);
         Ok(cut)
     }
+}
+
+/// Bytes of the operand of up to 16 tokens of `n_cols` columns.
+fn operand_bytes(n_cols: usize) -> usize {
+    n_cols.next_multiple_of(32) * 4 * PRODUCT_TOKENS
 }
 
 /// What a product of `n_tokens` tokens of `n_cols` columns needs.

@@ -281,9 +281,11 @@ fn at_bits(source: &Tensor, bits: f64, encode: EncodeOptions) -> Result<EncodeOp
         return Ok(around[1]);
     }
     // The encoder's choice changes at some steps, and the bits with it by more than a little. So it is made once, on either side.
+    let chosen = |side: &EncodeOptions| Ok(encode_parsed(&sample, side)?.params().copied());
+    let mut choices = around.iter().map(chosen).collect::<Result<Vec<_>>>()?;
+    choices.dedup();
     let mut best = (f64::INFINITY, encode);
-    for side in around {
-        let params = encode_parsed(&sample, &side)?.params().copied();
+    for params in choices {
         let [_, found] = search(&EncodeOptions { params, ..encode })?;
         let off = (sized(&found)? - bits).abs();
         if off < best.0 {

@@ -5,7 +5,7 @@
 
 use super::{
     Device, EncodedKernels, EncodedMatrix, Error, Input, Job, Launch, Layout, PRODUCT_TOKENS, Result, Scratch, Task,
-    check_layout, groups, table_entries,
+    check_layout, groups, operand_bytes, table_entries,
 };
 
 /// A GPU with the kernels loaded, for matrices and streams of another library.
@@ -26,10 +26,6 @@ pub struct ExternalMatrix<'a> {
 }
 
 const UNITS_BYTES: usize = 8 * PRODUCT_TOKENS;
-
-fn operand_bytes(n_cols: usize) -> usize {
-    n_cols.next_multiple_of(32) * 4 * PRODUCT_TOKENS
-}
 
 impl External {
     /// Opens GPU `index`, in its primary context, and loads the kernels.
