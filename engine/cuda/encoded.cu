@@ -120,7 +120,7 @@ struct Tile {
 };
 
 // A block's patches, in the order of columns; each lane holds one of 32, which lie at a multiple of 32 in the list and were loaded long before they are
-// needed. (To load what comes next after every unit made products of 16 tokens slower by a tenth.)
+// needed.
 struct Patches {
     const u32* list;
     u32 next, end, held;
@@ -841,8 +841,8 @@ __device__ __forceinline__ void with_codec(u32 codec, F f) {
     KERNEL(1024, decode_codes_##name, FORMAT, decode_shares<FORMAT, DenseSink<FORMAT, false>>)   \
     KERNEL(1024, decode_values_##name, FORMAT, decode_shares<FORMAT, DenseSink<FORMAT, true>>)   \
     KERNEL(32, gather_rows_##name, FORMAT, gather<FORMAT>)                                       \
-    KERNEL(1024, product_1_##name, FORMAT, multiply<FORMAT, DotSink<FORMAT>>)              \
-    KERNEL(512, product_8_##name, FORMAT, multiply<FORMAT, MmaSink<FORMAT, 1>>)            \
+    KERNEL(1024, product_1_##name, FORMAT, multiply<FORMAT, DotSink<FORMAT>>)                    \
+    KERNEL(512, product_8_##name, FORMAT, multiply<FORMAT, MmaSink<FORMAT, 1>>)                  \
     KERNEL(THREADS_16, product_16_##name, FORMAT, multiply<FORMAT, MmaSink<FORMAT, 2>>)
 
 // As many threads as there are registers for.
