@@ -2,7 +2,7 @@
 
 use crate::bench::workload::{Workload, encode_options};
 use crate::bench::{GpuArgs, Result};
-use codecllm_codec::block::Params;
+use codecllm_codec::block::{BLOCK_ROWS, Params};
 use codecllm_codec::encoded::{Checks, EncodeOptions};
 use codecllm_codec::quantize::rms;
 use codecllm_codec::{Coder, EncodedTensor, Format, Prefer, Tensor, encode_tensor};
@@ -259,7 +259,8 @@ fn encode_options_of(source: &Tensor, format: Format, options: &Options<'_>) -> 
 /// The options with the step, and the parameters, at which the first rows of a matrix take so many bits a weight.
 fn at_bits(source: &Tensor, bits: f64, encode: EncodeOptions) -> Result<EncodeOptions> {
     let (n_rows, n_cols) = (source.shape[0], source.shape[1]);
-    let n_rows = n_rows.min(SEARCH_WEIGHTS.div_ceil(n_cols));
+    // Whole row blocks: a part of one takes as many raw bits.
+    let n_rows = n_rows.min(SEARCH_WEIGHTS.div_ceil(n_cols).next_multiple_of(BLOCK_ROWS));
     let data = source.data.slice(..2 * n_rows * n_cols);
     let sample = Tensor { shape: vec![n_rows, n_cols], data, ..source.clone() };
     let rms = rms(&sample)?;
@@ -348,5 +349,14 @@ mod tests {
             let found = 8.0 * bytes.len() as f64 / (512.0 * 2048.0);
             assert!((found - bits).abs() < 0.05, "{found} for {bits}");
         }
+    }
+
+    #[test]
+    fn a_sample_of_long_rows_tells_the_bits_of_all() {
+        let source = Workload::of_shape(512, 14336, 1, 0).matrices[0].tensor();
+        let encode = encode_options(Format::Rate, Prefer::Speed, &source).unwrap();
+        let bytes = encode_tensor(&source, &at_bits(&source, 4.5, encode).unwrap()).unwrap();
+        let found = 8.0 * bytes.len() as f64 / (512.0 * 14336.0);
+        assert!((found - 4.5).abs() < 0.05, "{found}");
     }
 }
