@@ -256,8 +256,8 @@ def bits_of_linears(model: nn.Module, n_weights: int, other: int) -> float:
     return 8 * (weight_bytes(model) - other) / max(1, n_weights)
 
 
-def run(arguments: argparse.Namespace) -> list[Row]:
-    """All contenders, in turns."""
+def run(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
+    """All contenders, in turns; and why those that could not be made were not measured."""
     device = torch.device(arguments.device)
     names = arguments.contenders.split(",") if arguments.contenders else default_contenders(device)
     makes = {name: contender(name) for name in names}
@@ -272,6 +272,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     del linear
     ids = text_ids(model, arguments.model, arguments.text, arguments.tokens)
     steps: dict[tuple[str, int], Step] = {}
+    failed: dict[str, str] = {}
     reference = log_probs(model, ids)
     del model
     for name in names:
@@ -282,7 +283,16 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         model = load(arguments.model, arguments.shape, device)
-        makes[name](model)
+        try:
+            makes[name](model)
+        except (ImportError, RuntimeError) as e:
+            # A peer may need more than is installed, or another GPU.
+            if name.startswith("codecllm-"):
+                raise
+            failed[name] = str(e)
+            print(f"{name}: not measured: {e}", file=sys.stderr)
+            del model
+            continue
         if device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
@@ -314,7 +324,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     for key, row in rows.items():
         seconds = statistics.median(times[key])
         row.step_ms, row.tokens_per_s = 1e3 * seconds, key[1] / seconds
-    return list(rows.values())
+    return list(rows.values()), failed
 
 
 def table(rows: list[Row]) -> str:
@@ -351,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     arguments = parser.parse_args(argv)
     try:
-        rows = run(arguments)
+        rows, failed = run(arguments)
     except (ValueError, OSError, codecllm.DeviceError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -359,7 +369,8 @@ def main(argv: list[str] | None = None) -> int:
         where = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "cpu"
         versions = {"torch": torch.__version__, "transformers": transformers.__version__, "codecllm": codecllm.__version__}
         what = arguments.model or arguments.shape
-        print(json.dumps({"device": where, "model": what, **versions, "rows": [asdict(row) for row in rows]}, indent=2))
+        results = {"rows": [asdict(row) for row in rows], "failed": failed}
+        print(json.dumps({"device": where, "model": what, **versions, **results}, indent=2))
     else:
         print(table(rows))
     return 0
