@@ -312,20 +312,19 @@ __device__ __forceinline__ void copy_table(const Matrix& m, u32 table, u32 threa
     commit_copies();
 }
 
-// Units of raw bits before a block, of all blocks row by row.
-__device__ __forceinline__ u32 units_before(const Matrix& m, u32 block) {
-    return block / m.n_col_blocks * m.n_units + min(block % m.n_col_blocks * (m.block_cols / 32), m.n_units);
+// Units of `n_blocks` blocks from column block j on.
+__device__ __forceinline__ u32 units_of(const Matrix& m, u32 j, u32 n_blocks) {
+    const u32 units_per_block = m.block_cols / 32, n_rows = (j + n_blocks) / m.n_col_blocks, in_last = j + n_blocks - n_rows * m.n_col_blocks;
+    return n_rows * m.n_units + in_last * units_per_block - j * units_per_block;
 }
 
-// Decodes the blocks from `block` to `end`, which `reader` has opened, and calls sink.quad(unit, q, quad, whole) for all their quads (those of a
-// last, partial unit included, which is not whole), sink.end_unit(unit) after each unit of 32 columns, begin_block(i, j) and end_block() around
-// each block, and end_row() after the last block of a row block, or of all.
+// Decodes `n_blocks` blocks of `n_units` units from column block j of row block i on, which `reader` has opened, and calls sink.quad(unit, q, quad, whole) for all their
+// quads (those of a last, partial unit included, which is not whole), sink.end_unit(unit) after each unit of 32 columns, begin_block(i, j) and
+// end_block() around each block, and end_row() after the last block of a row block, or of all.
 template <int FORMAT, class C, class Sink>
-__device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u32 table, u32 lane, u32 block, u32 end, Sink& sink) {
-    const u32 units_per_block = m.block_cols / 32;
-    u32 i = block / m.n_col_blocks, j = block % m.n_col_blocks;
-    const u32 first_unit = units_before(m, block);
-    u32 rest = units_before(m, end) - first_unit;  // units that are left
+__device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u32 table, u32 lane, u32 i, u32 j, u32 n_blocks, u32 n_units, Sink& sink) {
+    const u32 units_per_block = m.block_cols / 32, first_unit = i * m.n_units + j * units_per_block, end = i * m.n_col_blocks + j + n_blocks;
+    u32 block = end - n_blocks, rest = n_units;  // that are left
     const u32 k = C::FIXED ? (u32)C::K : m.raw_bits;
     const u32* raw_next = m.raw + (u64)first_unit * k * 32 + lane;
     u32 raw[C::N_RAW], ahead[C::N_RAW];

@@ -6,21 +6,20 @@
 #include "decode.cuh"
 
 constexpr u32 MAX_TASKS = 8;
+constexpr u32 MAX_ROWS = 64;  // row blocks of a thread block that multiplies
 
 // One tensor's part of a launch. engine/src/cuda/encoded.rs has the same structure, and the next.
 struct Task {
     Matrix matrix;
-    void* out;          // codes u8 or u16, or bf16 [n_rows, n_cols]; products and gathered rows: f32 [n_tokens, n_rows or n_cols]
-    const float* bias;  // [n_rows], added to products; may be null
+    void* out;          // codes u8 or u16, or bf16 [n_rows, n_cols]; gathered rows: f32 [n_tokens, n_cols]; products: [n_tokens, n_rows]
+    const void* bias;   // [n_rows], added to products; may be null
     u32 first_cta, n_ctas;
-    u32 early;          // no warp has more than a block, and its codes are decoded before the activations are known
     u32 codec;          // G and K, or 0 for any: see with_codec
     u32 adds;           // the product is added to what `out` holds
 };
 struct Launch {
-    Task tasks[MAX_TASKS];
     u32 n_tasks, n_tokens;
-    const void* x;        // one token: f32 [n_cols]; more: from prepare_*
+    const void* x;        // one token: [n_cols]; more: from prepare_*
     const double* units;  // [token], int8: what one of a fixed-point activation is worth
     const u32* tokens;    // gather: [n_tokens], the rows
     const float* norm;    // one token: [n_cols], the weight of an RMS norm that x goes through; may be null
@@ -28,6 +27,10 @@ struct Launch {
     u32 gated;            // there are two products of as many rows, of which each thread block has both; the first one's output is silu(first) * second
     u32 table_bytes;      // of the largest table
     u32 n_slots;          // of sums, of a task and thread block
+    u32 single;           // every thread block has one row block, and no warp of it more than one block
+    u32 early;            // and the codes of those are decoded before the activations are known
+    u32 bf16;             // the activations of one token, biases and products are bf16, not f32
+    Task tasks[MAX_TASKS];
 };
 
 template <int FORMAT>
@@ -38,6 +41,12 @@ __device__ __forceinline__ float scale_of(const Matrix& m, u32 row) {
     const float absmax = __uint_as_float((u32)((const u16*)m.scales)[row] << 16);
     const float scale = __fdiv_rn(absmax, FORMAT == INT8 ? 127.0f : 448.0f);
     return scale < 1.17549435e-38f ? 0 : scale;
+}
+
+// Brings the scales of row block i as near as the L2 cache, where there is one for every row: all thread blocks at once would wait for a single one.
+__device__ __forceinline__ void prefetch_scales(const Matrix& m, u32 i) {
+    const u32 bytes = m.scale_kind == 2 ? 128 : 64;
+    if (m.scale_kind > 1) asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)m.scales + (u64)i * bytes));
 }
 
 // The number that a code stands for, before the scale.
@@ -119,20 +128,51 @@ struct Tile {
     }
 };
 
-// A block's patches, in the order of columns; each lane holds one of 32, which lie at a multiple of 32 in the list and were loaded long before they are
-// needed.
+// The patches of consecutive blocks, in the order of columns. Each lane holds one of 32 that lie at a multiple of 32 in the list. With AHEAD it holds one of
+// the next 32, too, and knows where those of one of the next 32 blocks begin, so that nothing waits for memory where a block begins: where there are
+// registers for that.
+template <bool AHEAD>
 struct Patches {
     const u32* list;
     u32 next, end, held;
+    u32 base, bounds, ahead;  // AHEAD: those of block `base + lane` begin at `bounds`
 
-    __device__ __forceinline__ void begin(const Matrix& m, u32 block, u32 lane) {
-        list = m.patches;
-        next = end = 0;
-        if (m.patch_offsets) next = m.patch_offsets[block], end = m.patch_offsets[block + 1];
-        load(lane);
+    // Asks for what can be known before `begin` of `block`, the first.
+    __device__ __forceinline__ void open(const Matrix& m, u32 block, u32 lane) {
+        if constexpr (!AHEAD) return;
+        list = m.patches, base = block, next = end = 0;
+        if (!m.patch_offsets) return;
+        const u32 n_blocks = (m.n_rows + 31) / 32 * m.n_col_blocks;
+        asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(bounds) : "l"(m.patch_offsets + min(block + lane, n_blocks)));
     }
-    __device__ __forceinline__ void load(u32 lane) {
-        if (next < end) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(held) : "l"(list + min((next & ~31u) + lane, end - 1)));
+    // The patches from `first` on, a multiple of 32.
+    __device__ __forceinline__ u32 load(u32 first, u32 lane) const {
+        const u32 limit = AHEAD ? __shfl_sync(FULL, bounds, 31) : end;
+        u32 patch = 0;
+        if (first < limit) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(patch) : "l"(list + min(first + lane, limit - 1)));
+        return patch;
+    }
+    // `block` is the one that was opened, or follows the last.
+    __device__ __forceinline__ void begin(const Matrix& m, u32 block, u32 lane) {
+        if constexpr (AHEAD) {
+            if (!m.patch_offsets) return;
+            const u32 before = next;
+            const bool full = block - base > 30;
+            if (full) open(m, block, lane);
+            next = __shfl_sync(FULL, bounds, block - base), end = __shfl_sync(FULL, bounds, block - base + 1);
+            // In all but the first block's case it is there already.
+            if (full || block == base || (before ^ next) >> 5) held = load(next & ~31u, lane), ahead = load((next & ~31u) + 32, lane);
+        } else {
+            list = m.patches;
+            next = end = 0;
+            if (m.patch_offsets) next = m.patch_offsets[block], end = m.patch_offsets[block + 1];
+            held = load(next & ~31u, lane);
+        }
+    }
+    // On to the next 32.
+    __device__ __forceinline__ void advance(u32 lane) {
+        if constexpr (AHEAD) held = ahead, ahead = load(next + 32, lane);
+        else held = load(next, lane);
     }
     // Whether this lane's is not yet done.
     __device__ __forceinline__ bool waits(u32 lane) const { return lane >= next % 32 && (next & ~31u) + lane < end; }
@@ -142,20 +182,32 @@ struct Patches {
         while (next < end) {
             const bool now = waits(lane) && held >> 21 < stop;
             if (now) f(held >> 16 & 31, held >> 21, held & 0xffff);
-            next += __popc(__ballot_sync(FULL, now));
-            if (next % 32 || !__any_sync(FULL, now)) break;
-            load(lane);
+            const u32 done = __ballot_sync(FULL, now);
+            next += __popc(done);
+            if (next % 32 || !done) break;
+            advance(lane);
+        }
+    }
+    // The same for all, 32 by 32: calls f(whether the lane has one, that).
+    template <class F>
+    __device__ __forceinline__ void all(u32 lane, F f) {
+        while (next < end) {
+            f(waits(lane), held);
+            next = min((next & ~31u) + 32, end);
+            if (next % 32 == 0) advance(lane);
         }
     }
 };
 
-// A value as 16-bit fixed point, 255 · high + low, as codec/src/product.rs defines it.
+// A value as 16-bit fixed point, 255 · high + low, as codec/src/product.rs defines it: `high` and `low` are the lowest bytes of these. Rounded by adding 1.5 · 2^23,
+// whose lowest byte is zero, for conversions to integers go to a pipe of an eighth of the speed.
 struct Fixed {
-    i32 high, low;
+    u32 high, low;
     __device__ __forceinline__ Fixed(float v, float ratio) {
-        const i32 fixed = (i32)rintf(__fmul_rn(v, ratio));
-        high = (i32)rintf(__fmul_rn((float)fixed, 1.0f / 255.0f));
-        low = fixed - 255 * high;
+        constexpr float ROUND = 12582912.0f;
+        const float fixed = __fadd_rn(__fmul_rn(v, ratio), ROUND), part = __fadd_rn(__fmul_rn(fixed - ROUND, 1.0f / 255.0f), ROUND);
+        high = __float_as_uint(part);
+        low = __float_as_uint(fixed) + high;  // minus 256 · high
     }
 };
 
@@ -168,7 +220,8 @@ __device__ __forceinline__ double fixed_unit(float ratio, bool finite) {
     return !finite ? __longlong_as_double(0x7ff8000000000000) : ratio > 0 ? 1.0 / (double)ratio : 0.0;
 }
 
-__device__ __forceinline__ u32 pack(i32 a, i32 b, i32 c, i32 d) { return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410); }
+// Of their lowest bytes.
+__device__ __forceinline__ u32 pack(u32 a, u32 b, u32 c, u32 d) { return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410); }
 __device__ __forceinline__ u32 pack(float a, float b) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
     return *(const u32*)&pair;
@@ -179,9 +232,13 @@ __device__ __forceinline__ float4 rest(float4 v) {
     return {of(v.x), of(v.y), of(v.z), of(v.w)};
 }
 
-// Columns 4i to 4i + 3 of rows that do not begin at multiples of 16 bytes. Not inline: rarely run, and long.
-__device__ __noinline__ float4 ragged_quad(const float* from, u32 i, u32 n_cols) {
-    auto at = [&](u32 c) { return c < n_cols ? from[c] : 0.0f; };
+__device__ __forceinline__ float element(const void* from, u32 i, bool bf16) {
+    return bf16 ? __uint_as_float((u32)((const u16*)from)[i] << 16) : ((const float*)from)[i];
+}
+
+// Columns 4i to 4i + 3 of rows that do not begin at multiples of four columns. Not inline: rarely run, and long.
+__device__ __noinline__ float4 ragged_quad(const void* from, u32 i, u32 n_cols, bool bf16) {
+    auto at = [&](u32 c) { return c < n_cols ? element(from, c, bf16) : 0.0f; };
     return {at(4 * i), at(4 * i + 1), at(4 * i + 2), at(4 * i + 3)};
 }
 
@@ -189,53 +246,61 @@ __device__ __noinline__ float4 ragged_quad(const float* from, u32 i, u32 n_cols)
 // columns, so that they need not be read again.
 struct Input {
     static constexpr u32 HELD = 2;
-    const float* x;
+    const void* x;  // f32, or bf16
     const float* norm;
+    bool bf16;
     u32 n_cols, n_quads;  // n_quads: up to a multiple of 32 columns
     float4 held[HELD];
-    float squares = 0, most = 0;
-    bool finite = true;
+    float squares = 0, most = 0;  // `most`: magnitude, or what is no number; ordered as its bits are
 
-    __device__ __forceinline__ float4 quad(const float* from, u32 i) const {
-        if (n_cols % 4) return ragged_quad(from, i, n_cols);
-        return 4 * i < n_cols ? ((const float4*)from)[i] : float4{};
+    __device__ __forceinline__ float4 quad(const void* from, u32 i, bool bf16) const {
+        if (n_cols % 4) return ragged_quad(from, i, n_cols, bf16);
+        if (4 * i >= n_cols) return {};
+        if (!bf16) return ((const float4*)from)[i];
+        const uint2 pairs = ((const uint2*)from)[i];
+        const float2 low = widen(pairs.x), high = widen(pairs.y);
+        return {low.x, low.y, high.x, high.y};
     }
-    __device__ __forceinline__ float4 weights(u32 i) const { return norm ? quad(norm, i) : float4{1, 1, 1, 1}; }
+    __device__ __forceinline__ float4 values(u32 i) const { return quad(x, i, bf16); }
+    __device__ __forceinline__ float4 weights(u32 i) const { return norm ? quad(norm, i, false) : float4{1, 1, 1, 1}; }
     static __device__ __forceinline__ float4 times(float4 v, float4 w) { return {v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w}; }
     __device__ __forceinline__ float4 count(float4 v, float4 w) {
         squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
         v = times(v, w);
-        const float a = fmaxf(fabsf(v.x), fabsf(v.y)), b = fmaxf(fabsf(v.z), fabsf(v.w));
-        most = fmaxf(most, fmaxf(a, b));
-        const float inf = __int_as_float(0x7f800000);
-        finite = finite && fabsf(v.x) < inf && fabsf(v.y) < inf && fabsf(v.z) < inf && fabsf(v.w) < inf;
+        auto bits = [](float v) { return __float_as_uint(fabsf(v)); };
+        const u32 all = max(max(bits(v.x), bits(v.y)), max(bits(v.z), bits(v.w)));
+        most = __uint_as_float(max(__float_as_uint(most), all));
         return v;
     }
     // Asks for the first columns. `x` null stands for zeros.
-    __device__ __forceinline__ Input(const float* x, const float* norm, u32 n_cols)
-        : x(x), norm(norm), n_cols(x ? n_cols : 0), n_quads((n_cols + 31) / 32 * 8) {
+    __device__ __forceinline__ Input(const void* x, const float* norm, bool bf16, u32 n_cols)
+        : x(x), norm(norm), bf16(bf16), n_cols(x ? n_cols : 0), n_quads((n_cols + 31) / 32 * 8) {
 #pragma unroll
         for (u32 h = 0; h < HELD; h++) {
             const u32 i = threadIdx.x + h * blockDim.x;
-            held[h] = i < n_quads ? quad(x, i) : float4{};
+            held[h] = i < n_quads ? values(i) : float4{};
         }
     }
-    // Reads all; afterwards `squares`, `most` and `finite` are the block's.
+    // Reads all; afterwards `most` is the block's, and with a norm `squares` is.
     __device__ __forceinline__ void read() {
-        __shared__ float partial[2][32];
+        __shared__ float all_squares[32];
+        __shared__ u32 all_most[32];
         float4 w[HELD];
 #pragma unroll
         for (u32 h = 0; h < HELD; h++) w[h] = weights(threadIdx.x + h * blockDim.x);
 #pragma unroll
         for (u32 h = 0; h < HELD; h++) held[h] = count(held[h], w[h]);
-        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) count(quad(x, i), weights(i));
+        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) count(values(i), weights(i));
         const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        squares = warp_sum(squares), most = warp_max(most);
-        if (lane == 0) partial[0][warp] = squares, partial[1][warp] = most;
-        finite = __syncthreads_and(finite);
-        squares = warp_sum(lane < blockDim.x / 32 ? partial[0][lane] : 0);
-        most = warp_max(lane < blockDim.x / 32 ? partial[1][lane] : 0);
+        const u32 most_bits = __reduce_max_sync(FULL, __float_as_uint(most));
+        if (norm) squares = warp_sum(squares);
+        if (lane == 0) all_squares[warp] = squares, all_most[warp] = most_bits;
+        __syncthreads();
+        const bool holds = lane < blockDim.x / 32;
+        most = __uint_as_float(__reduce_max_sync(FULL, holds ? all_most[lane] : 0));
+        if (norm) squares = warp_sum(holds ? all_squares[lane] : 0);
     }
+    __device__ __forceinline__ bool finite() const { return most < __int_as_float(0x7f800000); }
     // What the norm multiplies by.
     __device__ __forceinline__ float factor(float eps) const { return norm ? rsqrtf(squares / n_cols + eps) : 1; }
     // Calls put(i, columns 4i to 4i + 3) for all quads, each in one thread.
@@ -246,7 +311,7 @@ struct Input {
             const u32 i = threadIdx.x + h * blockDim.x;
             if (i < n_quads) put(i, held[h]);
         }
-        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) put(i, times(quad(x, i), weights(i)));
+        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) put(i, times(values(i), weights(i)));
     }
 };
 
@@ -260,12 +325,15 @@ struct DenseSink {
     const Matrix& m;
     u8* out;
     Tile<128> tile;
-    Patches patches;
+    Patches<false> patches;
     u32 lane, i, first_col, n_cols;
     float scale;
     u32 held[8 * ELEMENT];
 
-    __device__ __forceinline__ DenseSink(const Task& task, u32 scratch, u32 lane) : m(task.matrix), out((u8*)task.out), tile{scratch}, lane(lane) {}
+    __device__ __forceinline__ DenseSink(const Task& task, u32 scratch, u32 first_block, u32 lane)
+        : m(task.matrix), out((u8*)task.out), tile{scratch}, lane(lane) {
+        patches.open(m, first_block, lane);
+    }
     __device__ __forceinline__ void begin_block(u32 i_, u32 j) {
         i = i_, scale = VALUES && i * 32 + lane < m.n_rows ? scale_of<FORMAT>(m, i * 32 + lane) : 0;
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
@@ -329,7 +397,7 @@ struct GatherSink {
     static constexpr bool MASKS = false;
     const Matrix& m;
     float* out;  // [n_cols]
-    Patches patches;
+    Patches<false> patches;
     u32 lane, i, row, first_col;
     float scale;
 
@@ -380,7 +448,7 @@ struct DotSink {
     const Matrix& m;
     // Shared, the columns four by four. int8: high 4, low 4; fp8: f32; bf16: high 4, low 4. Behind them, what a sum is worth (double), and zeros.
     const u8* x;
-    Patches patches;
+    Patches<false> patches;
     u32 scratch, lane, first_col, n_cols;
     i32 high = 0, low = 0;
     float sums[4] = {};
@@ -393,7 +461,8 @@ struct DotSink {
     __device__ __forceinline__ DotSink(const Launch&, const Task& task, u32 scratch, u32 slot, u32 lane)
         : m(task.matrix), scratch(scratch), lane(lane), slot(slot) {}
     // What comes from device memory and depends on no other kernel.
-    __device__ __forceinline__ void look_ahead(const Launch& launch) {
+    __device__ __forceinline__ void look_ahead(const Launch& launch, u32 first_block) {
+        patches.open(m, first_block, lane);
         for (u32 c = threadIdx.x * 32; launch.norm && c < m.n_cols; c += blockDim.x * 32) {
             asm volatile("prefetch.global.L2 [%0];" ::"l"(launch.norm + c));
         }
@@ -402,7 +471,7 @@ struct DotSink {
     __device__ __forceinline__ void prepare(const Launch& launch, Input& input, u8* shared) {
         x = shared;
         input.read();
-        const float ratio = fixed_ratio(input.most, input.finite);
+        const float ratio = fixed_ratio(input.most, input.finite());
         input.for_each([&](u32 i, float4 v) {
             if constexpr (FORMAT == INT8) {
                 const Fixed a(v.x, ratio), b(v.y, ratio), c(v.z, ratio), d(v.w, ratio);
@@ -415,7 +484,7 @@ struct DotSink {
             }
         });
         double unit = input.factor(launch.eps);
-        if (FORMAT == INT8) unit *= fixed_unit(ratio, input.finite);
+        if (FORMAT == INT8) unit *= fixed_unit(ratio, input.finite());
         *(double*)unit_at() = unit;
         if (FORMAT == BF16 && threadIdx.x < 8) ((uint4*)zeros_at())[threadIdx.x] = {};
     }
@@ -489,11 +558,11 @@ struct DotSink {
         } else {
             // A lane takes one of 32, and hands what it changes to its row's lane, which adds in the patches' order.
             const u32 changes = again(scratch), owners = changes + 128;
-            for (; patches.next < patches.end; patches.next = (patches.next & ~31u) + 32, patches.load(lane)) {
+            patches.all(lane, [&](bool has, u32 patch) {
                 asm volatile("st.shared.u32 [%0], %1;" ::"r"(owners + 4 * lane), "r"(0) : "memory");
                 __syncwarp();
-                if (patches.waits(lane)) {
-                    const u32 patch = patches.held, c = first_col + (patch >> 21);
+                if (has) {
+                    const u32 c = first_col + (patch >> 21);
                     float v;
                     if constexpr (FORMAT == BF16) {
                         const __nv_bfloat16* pair = (const __nv_bfloat16*)x + c / 4 * 8 + c % 4;
@@ -514,7 +583,7 @@ struct DotSink {
                     total += change;
                 }
                 __syncwarp();
-            }
+            });
         }
     }
     __device__ __forceinline__ void end_row() {
@@ -538,7 +607,7 @@ struct MmaSink {
     const Matrix& m;
     const uint4* x;
     Tile<32 * ELEMENT> tile;
-    Patches patches;
+    Patches<true> patches;
     u32 lane, slot, n_tokens, first_col, n_cols;
     const double* units;
     u32 held[8 * ELEMENT];
@@ -550,7 +619,7 @@ struct MmaSink {
         : m(task.matrix), x((const uint4*)launch.x), tile{scratch}, lane(lane), slot(slot), n_tokens(launch.n_tokens), units(launch.units) {
         clear();
     }
-    __device__ __forceinline__ void look_ahead(const Launch&) {}
+    __device__ __forceinline__ void look_ahead(const Launch&, u32 first_block) { patches.open(m, first_block, lane); }
     __device__ __forceinline__ void prepare(const Launch&, Input&, u8*) {}
     __device__ __forceinline__ void clear() {
         Sum* all = &sums[0][0][0][0];
@@ -652,31 +721,36 @@ __device__ __forceinline__ void wait_for_table(bool opened) {
     else wait_copies<0>();
 }
 
+// A warp's place among those that share blocks out. Where some get a block more than others, the larger shares come every so many places; so those of
+// one scheduler (every fourth warp's) follow one another, or it would get them all.
+__device__ __forceinline__ u32 place_of_warp(u32 warp, u32 n_warps) { return n_warps % 4 ? warp : warp % 4 * (n_warps / 4) + warp / 4; }
+
 // Every warp decodes its share of a matrix's blocks, one behind the other.
 template <int FORMAT, class Sink, class With>
 __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
     const Task& task = find_task(launch);
     const Matrix& m = task.matrix;
     const u32 lane = threadIdx.x % 32, n_warps = blockDim.x / 32, n_shares = task.n_ctas * n_warps;
-    const u32 share = (blockIdx.x - task.first_cta) * n_warps + threadIdx.x / 32;
+    const u32 share = (blockIdx.x - task.first_cta) * n_warps + place_of_warp(threadIdx.x / 32, n_warps);
     const u64 n_blocks = (m.n_rows + 31) / 32 * m.n_col_blocks;
     const u32 first = n_blocks * share / n_shares, end = n_blocks * (share + 1) / n_shares;
     const u32 table = (u32)__cvta_generic_to_shared(shared_memory);
     const u32 ring = table + launch.table_bytes + threadIdx.x / 32 * (RING_BYTES + Sink::TILE_BYTES);
     const Stream stream(m, first, end);
     copy_table(m, table, threadIdx.x, blockDim.x);
+    const u32 i = first / m.n_col_blocks, j = first - i * m.n_col_blocks;
     Reader reader;
     if (first < end) {
+        prefetch_raw(m, i, j, lane);
         reader.open(m, stream, ring, lane);
-        prefetch_raw(m, first / m.n_col_blocks, first % m.n_col_blocks, lane);
     }
     wait_for_previous();
     start_next();
     wait_for_table(first < end);
     __syncthreads();
     if (first == end) return;
-    Sink sink(task, ring + RING_BYTES, lane);
-    with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, first, end, sink); });
+    Sink sink(task, ring + RING_BYTES, first, lane);
+    with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, i, j, end - first, units_of(m, j, end - first), sink); });
 }
 
 // The blocks of a task that a thread block has, all of some row blocks, shared out to its warps.
@@ -684,37 +758,66 @@ struct Part {
     u32 first_row, n_rows;  // row blocks
     u32 n_blocks, n_warps;  // of those that get any
 
-    __device__ __forceinline__ Part(const Task& task, u32 cta, u32 all_warps) {
-        const u32 n = (task.matrix.n_rows + 31) / 32;
+    __device__ __forceinline__ Part() {}
+    __device__ __forceinline__ Part(const Task& task, u32 all_warps) {
+        const u32 n = (task.matrix.n_rows + 31) / 32, cta = blockIdx.x - task.first_cta;
         first_row = n * cta / task.n_ctas, n_rows = n * (cta + 1) / task.n_ctas - first_row;
         n_blocks = n_rows * task.matrix.n_col_blocks, n_warps = min(all_warps, n_blocks);
     }
-    // The first block of a warp, or of the one behind the last.
-    __device__ __forceinline__ u32 begin(u32 warp) const { return n_blocks * min(warp, n_warps) / n_warps; }
-    __device__ __forceinline__ u32 warp_of(u32 block) const { return ((block + 1) * n_warps - 1) / n_blocks; }
+    // The first block of a place, or of the one behind the last.
+    __device__ __forceinline__ u32 begin(u32 place) const { return n_blocks * min(place, n_warps) / n_warps; }
+    __device__ __forceinline__ u32 place_of(u32 block) const { return ((block + 1) * n_warps - 1) / n_blocks; }
 };
 
-// Row `i * 32 + lane` of the product with a token: the sums of the warps that share it, in their order, times what they are worth, and the bias. Warp w
-// left its sums of the part's row block r in slot w + r: they follow one another, and no two meet.
+// The blocks of a warp: so many from column block j of row block i on, and the units of their columns.
+struct __align__(16) Share {
+    u32 i, j, n_blocks, n_units;
+};
+
+// How a task's blocks in a thread block are shared out, worked out by one warp: the divisions of 32 would take a microsecond. The place p that has blocks of
+// the part's row block r leaves its sums of them in slot p + r: a place's follow one another, and no two meet.
+struct Cut {
+    u32 first_row, n_rows;    // row blocks
+    Share shares[32];         // by warp
+    u16 places[MAX_ROWS][2];  // the first and the last that a row block has
+
+    __device__ __forceinline__ void work_out(const Task& task, u32 n_warps, u32 lane) {
+        const Matrix& m = task.matrix;
+        const Part part(task, n_warps);
+        if (lane == 0) first_row = part.first_row, n_rows = part.n_rows;
+        if (lane < n_warps) {
+            const u32 place = place_of_warp(lane, n_warps), first = part.begin(place), n_blocks = part.begin(place + 1) - first;
+            const u32 r = first / m.n_col_blocks, j = first - r * m.n_col_blocks;
+            shares[lane] = {part.first_row + r, j, n_blocks, units_of(m, j, n_blocks)};
+        }
+        for (u32 r = lane; r < part.n_rows; r += 32) {
+            places[r][0] = part.place_of(r * m.n_col_blocks), places[r][1] = part.place_of((r + 1) * m.n_col_blocks - 1);
+        }
+    }
+    // The same for one row block, of which each warp has a block at most.
+    __device__ __forceinline__ void work_out_single(const Task& task) {
+        first_row = blockIdx.x - task.first_cta, n_rows = 1;
+        places[0][0] = 0, places[0][1] = task.matrix.n_col_blocks - 1;
+    }
+};
+
+// Lane's row of the part's row block r of the product with a token: the sums of the warps that share it, in their order, times what they are worth, and
+// the bias.
 template <int FORMAT>
-__device__ __forceinline__ float add_up(const Task& task, const Part& part, u32 slots, u32 r, u32 token, u32 n_tokens, double unit, u32 lane) {
-    const u32 n_col_blocks = task.matrix.n_col_blocks, row = (part.first_row + r) * 32 + lane;
-    const u32 first = part.warp_of(r * n_col_blocks), last = part.warp_of((r + 1) * n_col_blocks - 1);
+__device__ __forceinline__ float add_up(const Launch& launch, const Task& task, const Cut& cut, u32 slots, u32 r, u32 token, float scale, double unit) {
+    const u32 lane = threadIdx.x % 32, row = (cut.first_row + r) * 32 + lane, last = cut.places[r][1];
     typename std::conditional<FORMAT == INT8, i64, double>::type sum = 0;
-    for (u32 w = first; w <= last; w++) {
+    for (u32 p = cut.places[r][0]; p <= last; p++) {
         u64 bits;
-        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(slots + ((w + r) * n_tokens + token) * SLOT_BYTES + lane * 8) : "memory");
+        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(slots + ((p + r) * launch.n_tokens + token) * SLOT_BYTES + lane * 8) : "memory");
         if constexpr (FORMAT == INT8) sum += (i64)bits;
         else sum += __longlong_as_double((i64)bits);
     }
-    if (row >= task.matrix.n_rows) return 0;
-    float y = (float)((double)sum * ((double)scale_of<FORMAT>(task.matrix, row) * unit));
-    if (task.bias) y += task.bias[row];
-    return y;
+    const float y = (float)((double)sum * ((double)scale * unit));
+    return task.bias && row < task.matrix.n_rows ? y + element(task.bias, row, launch.bf16) : y;
 }
 
-// Products: a thread block has whole row blocks, of which its warps take shares that are as even as can be, and adds up what they leave.
-// `with` is with_codec or its like. Shared memory: the table (two with `gated`, where half of the warps are each product's), the warps' rings and
+// Products: a thread block has whole row blocks, of which its warps take shares that are as even as can be, and adds up what they leave. `with` is with_codec or its like. Shared memory: the table (two with `gated`, where half of the warps are each product's), the warps' rings and
 // tiles, slots of sums, and what the sink keeps.
 template <int FORMAT, class Sink, class With>
 __device__ __forceinline__ void multiply(const Launch& launch, With with) {
@@ -722,73 +825,87 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     const u32 team_warps = launch.gated ? n_warps / 2 : n_warps, team = warp / team_warps, n_teams = launch.gated ? 2 : 1;
     const Task& task = launch.gated ? launch.tasks[team] : find_task(launch);
     const Matrix& m = task.matrix;
-    const Part part(task, blockIdx.x - task.first_cta, team_warps);
-    const u32 own = warp - team * team_warps, first = part.begin(own), end = part.begin(own + 1);
-    const u32 block = part.first_row * m.n_col_blocks + first, n_blocks = end - first;
+    const u32 team_warp = warp - team * team_warps;
     const u32 shared = (u32)__cvta_generic_to_shared(shared_memory), table = shared + team * launch.table_bytes;
     const u32 ring = shared + n_teams * launch.table_bytes + warp * (RING_BYTES + Sink::TILE_BYTES);
     const u32 slots_at = n_teams * launch.table_bytes + n_warps * (RING_BYTES + Sink::TILE_BYTES);
-    const u32 slots_bytes = launch.n_slots * launch.n_tokens * SLOT_BYTES, slots = shared + slots_at + team * slots_bytes;
+    const u32 slots_bytes = launch.n_slots * launch.n_tokens * SLOT_BYTES;
     // What depends on no other kernel: the table, and the first blocks' bytes.
+    __shared__ Cut cuts[2];
+    Share share;
+    u32 slot;
+    if (launch.single) {
+        if (team_warp == 0 && lane == 0) cuts[team].work_out_single(task);
+        share = {blockIdx.x - task.first_cta, team_warp, team_warp < m.n_col_blocks, 0};
+        if (share.n_blocks) share.n_units = min(m.block_cols / 32, m.n_units - team_warp * (m.block_cols / 32));
+        slot = team_warp;
+    } else {
+        if (team_warp == 0) cuts[team].work_out(task, team_warps, lane);
+        __syncthreads();
+        share = cuts[team].shares[team_warp];
+        slot = place_of_warp(team_warp, team_warps) + share.i - cuts[team].first_row;
+    }
+    const u32 i = share.i, j = share.j, n_blocks = share.n_blocks, n_units = share.n_units, block = i * m.n_col_blocks + j;
     const Stream stream(m, block, block + n_blocks);
     copy_table(m, table, threadIdx.x - team * team_warps * 32, team_warps * 32);
-    Reader reader;
     if (n_blocks) {
-        reader.open(m, stream, ring, lane);
-        prefetch_raw(m, block / m.n_col_blocks, block % m.n_col_blocks, lane);
+        prefetch_raw(m, i, j, lane);
+        if (lane == 0) prefetch_scales(m, i);  // needed at the end
     }
-    // They are needed at the end.
-    if (lane < part.n_rows && own == 0 && m.scale_kind > 1) {
-        const u32 bytes = m.scale_kind == 2 ? 128 : 64;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)m.scales + (u64)(part.first_row + lane) * bytes));
-    }
-    Sink sink(launch, task, ring + RING_BYTES, slots + (own + first / m.n_col_blocks) * launch.n_tokens * SLOT_BYTES, lane);
-    sink.look_ahead(launch);
+    Sink sink(launch, task, ring + RING_BYTES, shared + slots_at + team * slots_bytes + slot * launch.n_tokens * SLOT_BYTES, lane);
+    sink.look_ahead(launch, block);
+    Reader reader;
     // While the kernel before this one is at work.
-    const bool early = Sink::EARLY && task.early;
+    const bool early = Sink::EARLY && launch.early;
     if (early) {
+        if (n_blocks) reader.open(m, stream, ring, lane);
         wait_for_table(n_blocks);
         __syncthreads();
-        if (n_blocks) {
-            const u32 units = m.block_cols / 32;
-            decode_parts(m, reader, table, lane, min(units, m.n_units - first % m.n_col_blocks * units), ring + RING_BYTES);
-        }
+        if (n_blocks) decode_parts(m, reader, table, lane, n_units, ring + RING_BYTES);
     }
     wait_for_previous();
     // Not before: of three kernels on the way at once, some multiprocessors would get several thread blocks, others none.
     start_next();
-    Input input((const float*)launch.x, launch.norm, Sink::READS_X ? m.n_cols : 0);
+    Input input(launch.x, launch.norm, launch.bf16, Sink::READS_X ? m.n_cols : 0);
+    // Not before: it waits for the offsets, and the activations would come after them.
+    if (!early && n_blocks) reader.open(m, stream, ring, lane);
     sink.prepare(launch, input, shared_memory + slots_at + n_teams * slots_bytes);
     if (!early) wait_for_table(n_blocks);
     __syncthreads();
     if (n_blocks) {
         with(task.codec, [&](auto codec) INLINE {
             if (early) {
-                const u32 i = block / m.n_col_blocks, j = block % m.n_col_blocks;
                 sink.begin_block(i, j);
                 finish_parts<decltype(codec)>(m, ring + RING_BYTES, lane, i, j, sink);
                 sink.end_block();
                 sink.end_row();
             } else {
-                decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, block, block + n_blocks, sink);
+                decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, i, j, n_blocks, n_units, sink);
             }
         });
     }
+    // Row blocks and tokens are shared out anew, and what their sums are worth is asked for before they are there.
+    const Task& task0 = launch.gated ? launch.tasks[0] : task;
+    const Task& task1 = launch.tasks[1];
+    const u32 n_tokens = launch.n_tokens, n_items = cuts[0].n_rows * n_tokens, n_rows = task0.matrix.n_rows, all_slots = shared + slots_at;
+    u32 item = warp;
+    auto row_of = [&]() INLINE { return (cuts[0].first_row + item / n_tokens) * 32 + lane; };
+    auto scale = [&](const Task& of) INLINE { return item < n_items && row_of() < n_rows ? scale_of<FORMAT>(of.matrix, row_of()) : 0; };
+    float scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0;
     __syncthreads();
-    const Task& task0 = launch.gated ? launch.tasks[0] : find_task(launch);
-    const Part rows(task0, blockIdx.x - task0.first_cta, team_warps);
-    const u32 n_tokens = launch.n_tokens, all_slots = shared + slots_at;
-    for (u32 item = warp; item < rows.n_rows * n_tokens; item += n_warps) {
-        const u32 r = item / n_tokens, token = item % n_tokens, row = (rows.first_row + r) * 32 + lane;
+    while (item < n_items) {
+        const u32 r = item / n_tokens, token = item % n_tokens, row = row_of();
         const double unit = sink.unit(token);
-        float y = add_up<FORMAT>(task0, rows, all_slots, r, token, n_tokens, unit, lane);
-        if (launch.gated) {
-            const Part second(launch.tasks[1], blockIdx.x, team_warps);
-            y = add_up<FORMAT>(launch.tasks[1], second, all_slots + slots_bytes, r, token, n_tokens, unit, lane) * (y / (1 + expf(-y)));
+        float y = add_up<FORMAT>(launch, task0, cuts[0], all_slots, r, token, scale0, unit);
+        if (launch.gated) y = add_up<FORMAT>(launch, task1, cuts[1], all_slots + slots_bytes, r, token, scale1, unit) * (y / (1 + expf(-y)));
+        if (row < n_rows) {
+            const u64 at = (u64)token * n_rows + row;
+            float* out = (float*)task0.out + at;
+            if (launch.bf16) ((__nv_bfloat16*)task0.out)[at] = __float2bfloat16_rn(y);
+            else *out = task0.adds ? *out + y : y;
         }
-        if (row >= task0.matrix.n_rows) continue;
-        float* out = (float*)task0.out + (u64)token * task0.matrix.n_rows + row;
-        *out = task0.adds ? *out + y : y;
+        item += n_warps;
+        scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0;
     }
 }
 
@@ -808,7 +925,8 @@ __device__ __forceinline__ void gather(const Launch& launch, With with) {
     const u32 block = token / 32 * m.n_col_blocks + blockIdx.x;
     reader.open(m, Stream(m, block, block + 1), table + launch.table_bytes, lane);
     GatherSink<FORMAT> sink{m, out, {}, lane, token / 32, token % 32, 0, scale_of<FORMAT>(m, token)};
-    with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, block, block + 1, sink); });
+    sink.patches.open(m, block, lane);
+    with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, token / 32, blockIdx.x, 1, units_of(m, blockIdx.x, 1), sink); });
 }
 
 // Calls f with the codec that has these parts a symbol and raw bits: what the encoder chooses. Others (0) have kernels of their
@@ -818,7 +936,7 @@ __device__ __forceinline__ void with_codec(u32 codec, F f) {
 #define CODEC(G, K) case G << 4 | K: return f(Codec<FORMAT, G, K>());
     if constexpr (FORMAT == INT8) {
         switch (codec) {
-            CODEC(4, 1) CODEC(4, 2) CODEC(4, 3) CODEC(4, 4) CODEC(4, 5) CODEC(4, 6)
+            CODEC(2, 0) CODEC(4, 0) CODEC(4, 1) CODEC(4, 2) CODEC(4, 3) CODEC(4, 4) CODEC(4, 5) CODEC(4, 6)
             CODEC(8, 3) CODEC(8, 4) CODEC(8, 5) CODEC(8, 6) CODEC(8, 7)
         }
     } else if constexpr (FORMAT == FP8) {
@@ -837,28 +955,33 @@ __device__ __forceinline__ void with_codec(u32 codec, F f) {
     extern "C" __global__ void __launch_bounds__(THREADS, 1) name##_any(const __grid_constant__ Launch l) { \
         __VA_ARGS__(l, [](u32, auto f) INLINE { f(Codec<FORMAT, ANY, ANY>()); });                           \
     }
-#define KERNELS(FORMAT, name, THREADS_16)                                                        \
+// As many threads as there are registers for.
+#define KERNELS(FORMAT, name)                                                                    \
     KERNEL(1024, decode_codes_##name, FORMAT, decode_shares<FORMAT, DenseSink<FORMAT, false>>)   \
     KERNEL(1024, decode_values_##name, FORMAT, decode_shares<FORMAT, DenseSink<FORMAT, true>>)   \
     KERNEL(32, gather_rows_##name, FORMAT, gather<FORMAT>)                                       \
     KERNEL(1024, product_1_##name, FORMAT, multiply<FORMAT, DotSink<FORMAT>>)                    \
     KERNEL(512, product_8_##name, FORMAT, multiply<FORMAT, MmaSink<FORMAT, 1>>)                  \
-    KERNEL(THREADS_16, product_16_##name, FORMAT, multiply<FORMAT, MmaSink<FORMAT, 2>>)
+    KERNEL(512, product_16_##name, FORMAT, multiply<FORMAT, MmaSink<FORMAT, 2>>)
 
-// As many threads as there are registers for.
-KERNELS(INT8, int8, 640)
-KERNELS(FP8, fp8, 512)
-KERNELS(BF16, bf16, 512)
+KERNELS(INT8, int8)
+KERNELS(FP8, fp8)
+KERNELS(BF16, bf16)
 
 // ---------------------------------------------------------------- activations
 
 // x [n_tokens, n_cols] -> an operand of products with more than one token. One thread block a token of the operand; those from n_tokens on are zero, as
 // are the columns up to a multiple of 32.
 struct Prepare {
-    const float* x;
+    const void* x;  // f32, or bf16
     void* out;
     double* units;
-    u32 n_tokens, n_cols;
+    u32 n_tokens, n_cols, bf16;
+
+    __device__ __forceinline__ Input input() const {
+        const u64 at = (u64)blockIdx.x * n_cols * (bf16 ? 2 : 4);
+        return Input(blockIdx.x < n_tokens ? (const u8*)x + at : nullptr, nullptr, bf16, n_cols);
+    }
 };
 
 // The operand of mma, 16 bytes a lane: [unit][8 tokens][lane][high 0-15, high 16-31, low 0-15, low 16-31][4]
@@ -866,17 +989,16 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_int8_mma(const __grid
     start_next();
     wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
-    const bool exists = token < p.n_tokens;
-    Input input(exists ? p.x + (u64)token * p.n_cols : nullptr, nullptr, p.n_cols);
+    Input input = p.input();
     input.read();
-    const float ratio = fixed_ratio(input.most, input.finite);
+    const float ratio = fixed_ratio(input.most, input.finite());
     input.for_each([&](u32 i, float4 v) {
         const Fixed a(v.x, ratio), b(v.y, ratio), c(v.z, ratio), d(v.w, ratio);
         const u32 lane = token % 8 * 4 + i % 4;
         u32* to = (u32*)p.out + ((u64)(i / 8 * tiles + token / 8) * 32 + lane) * 4 + i % 8 / 4;
         to[0] = pack(a.high, b.high, c.high, d.high), to[2] = pack(a.low, b.low, c.low, d.low);
     });
-    if (threadIdx.x == 0 && exists) p.units[token] = fixed_unit(ratio, input.finite);
+    if (threadIdx.x == 0 && token < p.n_tokens) p.units[token] = fixed_unit(ratio, input.finite());
 }
 
 // The same for bf16, of 16 columns: [unit][8 tokens][half][lane][high 0-7, high 8-15, low 0-7, low 8-15][2], x = high + low but for 2^-17 of it.
@@ -884,7 +1006,7 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_float_mma(const __gri
     start_next();
     wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
-    Input input(token < p.n_tokens ? p.x + (u64)token * p.n_cols : nullptr, nullptr, p.n_cols);
+    Input input = p.input();
     input.read();
     input.for_each([&](u32 i, float4 v) {
         const u32 lane = token % 8 * 4 + i % 2 * 2;

@@ -67,7 +67,10 @@ def _where(tensor: Tensor) -> tuple[int, int]:
 
 
 def _product(x: Tensor, matrices: list[tuple[Tensor, Tensor | None, Tensor | None, int, int]]) -> list[Tensor]:
-    """Products of 1 to 16 tokens on a GPU, one launch; of each matrix weight, tables, bias, key, rows."""
+    """Products of 1 to 16 tokens on a GPU, one launch, in the dtype of x; of each matrix weight, tables, bias, key, rows."""
+    dtypes = {x.dtype, *(bias.dtype for _, _, bias, _, _ in matrices if bias is not None)}
+    if dtypes not in ({torch.float32}, {torch.bfloat16}):
+        raise RuntimeError(f"inputs and biases of products are float32, or all bfloat16; found {', '.join(map(str, dtypes))}")
     n_tokens = x.numel() // x.shape[-1]
     outs = [x.new_empty(*x.shape[:-1], n_rows) for *_, n_rows in matrices]
     x = _aligned(x)
@@ -75,8 +78,9 @@ def _product(x: Tensor, matrices: list[tuple[Tensor, Tensor | None, Tensor | Non
         device, stream = _where(x)
         workspace = x.new_empty(_core.cuda_workspace_bytes(x.shape[-1], n_tokens), dtype=torch.uint8)
         sources = [_matrix(weight, tables, key) for weight, tables, _, key, _ in matrices]
-        places = [(_address(bias, 4), _address(out, 4)) for (_, _, bias, _, _), out in zip(matrices, outs, strict=True)]
-        _core.cuda_product(device, stream, sources, places, _address(x), n_tokens, _address(workspace))
+        places = [(_address(bias, 2), _address(out, 2)) for (_, _, bias, _, _), out in zip(matrices, outs, strict=True)]
+        bf16 = x.dtype == torch.bfloat16
+        _core.cuda_product(device, stream, sources, places, _address(x), n_tokens, bf16, _address(workspace))
     return outs
 
 
@@ -84,43 +88,38 @@ def _product(x: Tensor, matrices: list[tuple[Tensor, Tensor | None, Tensor | Non
     "codecllm::linear",
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor x, Tensor weight, Tensor? tables, Tensor? bias, SymInt key, SymInt n_rows, bool bf16) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor? tables, Tensor? bias, SymInt key, SymInt n_rows) -> Tensor",
 )
-def _linear(
-    x: Tensor, weight: Tensor, tables: Tensor | None, bias: Tensor | None, key: int, n_rows: int, bf16: bool
-) -> Tensor:
-    """`x · Wᵀ + bias`: x f32 `[..., n_cols]`, weight uint8 `[n_bytes]`, bias f32 `[n_rows]`; f32 `[..., n_rows]`.
-
-    `key` names the weight's layout. With `bf16`, a GPU may round x to BF16 where it has more than 16 tokens.
+def _linear(x: Tensor, weight: Tensor, tables: Tensor | None, bias: Tensor | None, key: int, n_rows: int) -> Tensor:
+    """`x · Wᵀ + bias`: x `[..., n_cols]`, weight uint8 `[n_bytes]`, bias `[n_rows]`; `[..., n_rows]`. x, bias and what comes out are
+    float32, or all BF16. `key` names the weight's layout.
     """
-    rows = x.detach().reshape(-1, x.shape[-1]).contiguous().numpy()
-    bias_array = None if bias is None else bias.detach().contiguous().numpy()
+    rows = x.detach().reshape(-1, x.shape[-1]).float().contiguous().numpy()
+    bias_array = None if bias is None else bias.detach().float().contiguous().numpy()
     out = _core.product(weight.detach().numpy(), key, n_rows, rows, bias_array)
-    return torch.from_numpy(out).view(*x.shape[:-1], n_rows)
+    return torch.from_numpy(out).view(*x.shape[:-1], n_rows).to(x.dtype)
 
 
 @_linear.register_fake
-def _(x: Tensor, weight: Tensor, tables: Tensor | None, bias: Tensor | None, key: int, n_rows: int, bf16: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, tables: Tensor | None, bias: Tensor | None, key: int, n_rows: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], n_rows)
 
 
 @_linear.register_kernel("cuda")
-def _(x: Tensor, weight: Tensor, tables: Tensor | None, bias: Tensor | None, key: int, n_rows: int, bf16: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, tables: Tensor | None, bias: Tensor | None, key: int, n_rows: int) -> Tensor:
     _check(x, weight, tables)
     n_cols = x.shape[-1]
     n_tokens = x.numel() // n_cols
     if n_tokens > _core.CUDA_MAX_TOKENS:
         values = torch.ops.codecllm.decode(weight, tables, key, n_rows, n_cols)
-        # The weights are BF16 already; the input is a BF16 model's, or keeps its precision.
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        return nn.functional.linear(x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)).float()
+        return nn.functional.linear(x, values.to(x.dtype), bias)
     if not n_tokens:
         return x.new_empty(*x.shape[:-1], n_rows)
     return _product(x, [(weight, tables, bias, key, n_rows)])[0]
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, tables, _, key, n_rows, _ = inputs
+    x, weight, tables, _, key, n_rows = inputs
     ctx.save_for_backward(weight, tables)
     ctx.key, ctx.shape = key, (n_rows, x.shape[-1])
 
@@ -129,10 +128,13 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, tables = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ torch.ops.codecllm.decode(weight, tables, ctx.key, *ctx.shape).to(grad.dtype)
+        values = torch.ops.codecllm.decode(weight, tables, ctx.key, *ctx.shape)
+        # BF16 throughout where both are.
+        dtype = torch.promote_types(grad.dtype, values.dtype)
+        grad_x = (grad.to(dtype) @ values.to(dtype)).to(grad.dtype)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, None, None, grad_bias, None, None, None
+    return grad_x, None, None, grad_bias, None, None
 
 
 _linear.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -141,8 +143,7 @@ _linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 @torch.library.custom_op(
     "codecllm::linears",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor?[] tables, Tensor?[] biases, SymInt[] keys, SymInt[] n_rows, bool bf16)"
-    " -> Tensor[]",
+    schema="(Tensor x, Tensor[] weights, Tensor?[] tables, Tensor?[] biases, SymInt[] keys, SymInt[] n_rows) -> Tensor[]",
 )
 def _linears(
     x: Tensor,
@@ -151,7 +152,6 @@ def _linears(
     biases: Sequence[Tensor | None],
     keys: Sequence[int],
     n_rows: Sequence[int],
-    bf16: bool,
 ) -> list[Tensor]:
     """Several `codecllm::linear` of one input; on a GPU, up to 16 tokens are one launch. It has no gradient."""
     matrices = list(zip(weights, tables, biases, keys, n_rows, strict=True))
@@ -160,7 +160,7 @@ def _linears(
         for weight, table, *_ in matrices:
             _check(x, weight, table)
         return _product(x, matrices)
-    return [torch.ops.codecllm.linear(x, *matrix, bf16) for matrix in matrices]
+    return [torch.ops.codecllm.linear(x, *matrix) for matrix in matrices]
 
 
 @_linears.register_fake
@@ -171,7 +171,6 @@ def _(
     biases: Sequence[Tensor | None],
     keys: Sequence[int],
     n_rows: Sequence[int],
-    bf16: bool,
 ) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], n) for n in n_rows]
 
@@ -420,14 +419,18 @@ class CompressedLinear(_Compressed):
         if self._group is not None and self._group.takes(x):
             return self._group.output(self, x)
         tables = self._ready()
-        bias = self.bias if self.bias is None else self.bias.float()
-        bf16 = x.dtype == torch.bfloat16
-        out = torch.ops.codecllm.linear(x.float(), self.weight, tables, bias, self._key, self.out_features, bf16)
-        return out.to(x.dtype)
+        values = _as_computed(x)
+        bias = self.bias if self.bias is None else self.bias.to(values.dtype)
+        return torch.ops.codecllm.linear(values, self.weight, tables, bias, self._key, self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
         bits = "" if self.weight.is_meta else f", format={self.format}, bits_per_weight={self.bits_per_weight:.2f}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{bits}"
+
+
+def _as_computed(x: Tensor) -> Tensor:
+    """An input in the dtype that a product reads and writes: BF16 as it is, others as float32."""
+    return x if x.dtype == torch.bfloat16 else x.float()
 
 
 class _Group:
@@ -452,10 +455,10 @@ class _Group:
         if held is None or held[0] is not x or held[1][place] is None:
             tables = [m._ready() for m in self.members]
             weights = [m.weight for m in self.members]
-            biases = [None if m.bias is None else m.bias.float() for m in self.members]
+            values = _as_computed(x)
+            biases = [None if m.bias is None else m.bias.to(values.dtype) for m in self.members]
             keys, n_rows = [m._key for m in self.members], [m.out_features for m in self.members]
-            bf16 = x.dtype == torch.bfloat16
-            outs = torch.ops.codecllm.linears(x.float(), weights, tables, biases, keys, n_rows, bf16)
+            outs = torch.ops.codecllm.linears(values, weights, tables, biases, keys, n_rows)
             held = self.held = (x, [out.to(x.dtype) for out in outs])
         out = held[1][place]
         assert out is not None

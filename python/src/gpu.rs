@@ -3,7 +3,7 @@
 use crate::errors;
 use crate::tensor::{Layout, find_layout};
 use codecllm_codec::{Error, Layout as CodecLayout};
-use codecllm_engine::cuda::{External, ExternalMatrix};
+use codecllm_engine::cuda::{External, ExternalInput, ExternalMatrix};
 use numpy::PyArray1;
 use pyo3::prelude::*;
 use std::collections::HashMap;
@@ -68,8 +68,9 @@ fn cuda_workspace_bytes(n_cols: usize, n_tokens: usize) -> usize {
     External::workspace_bytes(n_cols, n_tokens)
 }
 
-/// Products of 1 to 16 tokens with matrices of one width; `outs`: the addresses of each one's bias (or 0) and output.
+/// Products of 1 to 16 tokens with matrices of one width; `outs`: the addresses of each one's bias (or 0) and output. All are float32, or `bf16`.
 #[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "a call from Python that has no keyword is the fastest")]
 fn cuda_product(
     device: usize,
     stream: u64,
@@ -77,12 +78,14 @@ fn cuda_product(
     outs: Vec<(u64, u64)>,
     x: u64,
     n_tokens: usize,
+    bf16: bool,
     workspace: u64,
 ) -> PyResult<()> {
     let layouts = layouts(&matrices)?;
     let matrices = with(&layouts, &matrices);
+    let input = ExternalInput { x, n_tokens, bf16, workspace };
     // SAFETY: `codecllm.torch` passes tensors of these shapes, on this device, and the stream that their memory belongs to.
-    unsafe { gpu(device)?.product(stream, &matrices, &outs, x, n_tokens, workspace) }.map_err(errors::engine)
+    unsafe { gpu(device)?.product(stream, &matrices, &outs, input) }.map_err(errors::engine)
 }
 
 /// Decodes a matrix to BF16.

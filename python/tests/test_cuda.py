@@ -49,6 +49,19 @@ def test_products_are_those_of_the_cpu(format: str, bits: float | None, shape: t
 
 
 @pytest.mark.parametrize(("format", "bits"), FORMATS)
+def test_products_of_bf16_are_the_others_rounded(format: str, bits: float | None) -> None:
+    # One of columns that no four divide.
+    for shape in [*SHAPES, (70, 333)]:
+        gpu = layer(format, bits, shape).cuda()
+        for n in (1, 3, 9, 16):
+            x = torch.randn(n, shape[1], device="cuda", dtype=torch.bfloat16)
+            found = gpu(x)
+            assert found.dtype == torch.bfloat16 and torch.equal(found, gpu(x.float()).bfloat16())
+    with pytest.raises(RuntimeError, match=r"torch\.float16"):
+        torch.ops.codecllm.linear(x.half(), gpu.weight, gpu.tables, None, gpu.layout.key, shape[0])
+
+
+@pytest.mark.parametrize(("format", "bits"), FORMATS)
 def test_decoding_and_gathering_are_those_of_the_cpu(format: str, bits: float | None) -> None:
     for shape in SHAPES:
         cpu = layer(format, bits, shape)
@@ -148,7 +161,7 @@ def test_operators_are_registered_well() -> None:
     key, weight, tables = gpu.layout.key, gpu.weight, gpu.tables
     check = torch.library.opcheck
     x = torch.randn(2, 3, 64, device="cuda", requires_grad=True)
-    check(torch.ops.codecllm.linear.default, (x, weight, tables, torch.randn(96, device="cuda"), key, 96, False))
+    check(torch.ops.codecllm.linear.default, (x, weight, tables, torch.randn(96, device="cuda"), key, 96))
     check(torch.ops.codecllm.embedding.default, (torch.tensor([[1, 2]], device="cuda"), weight, tables, key, 64))
     check(torch.ops.codecllm.decode.default, (weight, tables, key, 96, 64))
 

@@ -101,7 +101,7 @@ def test_operators_are_registered_well(format: str) -> None:
     key, weight = layer.layout.key, layer.weight
     check = torch.library.opcheck
     x = torch.randn(2, 3, 64, requires_grad=True)
-    check(torch.ops.codecllm.linear.default, (x, weight, None, torch.randn(96), key, 96, False))
+    check(torch.ops.codecllm.linear.default, (x, weight, None, torch.randn(96), key, 96))
     check(torch.ops.codecllm.embedding.default, (torch.tensor([[1, 2]]), weight, None, key, 64))
     check(torch.ops.codecllm.decode.default, (weight, None, key, 96, 64))
 

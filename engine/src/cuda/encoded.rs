@@ -4,7 +4,7 @@
 
 mod external;
 
-pub use external::{External, ExternalMatrix};
+pub use external::{External, ExternalInput, ExternalMatrix};
 
 use super::code;
 use super::device::{Device, Grid, failed};
@@ -36,7 +36,9 @@ const RING_BYTES: u32 = 2560;
 const DENSE_NEEDS: Needs = Needs { tile_bytes: 4096, block_bytes: 0, warps: 32 };
 /// Bytes of a slot, the sums of 32 rows and a token (`SLOT_BYTES` in encoded.cu).
 const SLOT_BYTES: u32 = 256;
-/// Row blocks of a thread block that multiplies, at most, for one token and for more: for each it has slots.
+/// What the kernels declare of shared memory themselves.
+const DECLARED_BYTES: u32 = 2048;
+/// Row blocks of a thread block that multiplies, at most (the larger number: `MAX_ROWS` in encoded.cu), for one token and for more: for each it has slots.
 const THREAD_BLOCK_ROWS: [u32; 2] = [64, 8];
 /// Row blocks that the kernels count.
 const MAX_ROW_BLOCKS: usize = 1 << 16;
@@ -46,7 +48,7 @@ const FORMATS: [Format; 3] = [Format::Int8, Format::Fp8, Format::Bf16];
 /// Parts a symbol and raw bits that kernels are made for, by format as in `FORMATS`: what the encoder chooses. The others
 /// share kernels that are several times slower.
 const CODECS: [&[(u32, u32)]; 3] = [
-    &[(4, 1), (4, 2), (4, 3), (4, 4), (4, 5), (4, 6), (8, 3), (8, 4), (8, 5), (8, 6), (8, 7)],
+    &[(2, 0), (4, 0), (4, 1), (4, 2), (4, 3), (4, 4), (4, 5), (4, 6), (8, 3), (8, 4), (8, 5), (8, 6), (8, 7)],
     &[(4, 5), (4, 6), (2, 3), (2, 4)],
     &[(4, 9), (4, 10), (2, 7), (2, 8)],
 ];
@@ -85,7 +87,6 @@ struct Task {
     bias: u64,
     first_cta: u32,
     n_ctas: u32,
-    early: u32,
     codec: u32,
     adds: u32,
 }
@@ -94,7 +95,6 @@ struct Task {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 struct Launch {
-    tasks: [Task; MAX_TASKS],
     n_tasks: u32,
     n_tokens: u32,
     x: u64,
@@ -105,6 +105,10 @@ struct Launch {
     gated: u32,
     table_bytes: u32,
     n_slots: u32,
+    single: u32,
+    early: u32,
+    bf16: u32,
+    tasks: [Task; MAX_TASKS],
 }
 
 /// `Prepare` in encoded.cu.
@@ -116,6 +120,7 @@ struct Prepare {
     units: u64,
     n_tokens: u32,
     n_cols: u32,
+    bf16: u32,
 }
 
 /// What a kernel needs beside its tables: shared memory of each warp besides its window, shared memory of a block, and the
@@ -134,7 +139,9 @@ struct Cut {
     /// By task.
     n_ctas: [u32; MAX_TASKS],
     n_slots: u32,
-    /// Whether the codes are decoded before the activations are known.
+    /// Whether every thread block has one row block, and no warp of it more than one block.
+    single: bool,
+    /// Whether the codes of those are decoded before the activations are known.
     early: bool,
     table_bytes: u32,
     shared_bytes: u32,
@@ -224,6 +231,8 @@ struct Input {
     n_tokens: usize,
     norm: u64,
     eps: f32,
+    /// Whether activations, biases and products are BF16, not f32.
+    bf16: bool,
 }
 
 /// A product as its launch sees it: where bias and output lie, and whether it is added.
@@ -237,8 +246,7 @@ impl EncodedKernels {
         let mut instances = Vec::new();
         let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared_limit = device.stream().context().attribute(limit).map_err(failed("asking for shared memory"))?;
-        // A little is for what the kernels declare themselves.
-        let shared_limit = shared_limit as u32 - 1024;
+        let shared_limit = shared_limit as u32 - DECLARED_BYTES;
         for format in FORMATS {
             for which in ["", "_any"] {
                 let kernel = |verb: &str| device.kernel(&module, &format!("{verb}_{format}{which}"), shared_limit);
@@ -306,6 +314,8 @@ fn table_entries(tensor: &Layout, params: &Params) -> Vec<u64> {
         let low_bits = k.saturating_sub(1);
         match (format, g) {
             _ if !fixed => symbol,
+            // Without raw bits the parts are the codes, but for the bias.
+            _ if k == 0 => (0..g).fold(0, |y, i| y | ((bias as u32).wrapping_add(part(i)) & 0xff) << (8 * i)),
             (Format::Bf16, 4) => (0..4).fold(0, |y, i| y | ((bias as u32 + (part(i) << low_bits)) >> 8) << (8 * i)),
             (Format::Bf16, _) => (0..g).fold(0, |y, i| y | (bias as u32 + (part(i) << low_bits)) << (16 * i)),
             // A part of eight is one bit; the second quad's lie one lower.
@@ -630,7 +640,7 @@ impl EncodedKernels {
             Scratch { units: self.units.device_ptr(stream).0, operand: operand.data.device_ptr_mut(stream).0 };
         let data = x.data.device_ptr(stream).0 + (4 * x.first * jobs[0].0.n_cols()) as u64;
         let (norm, eps) = x.norm.map_or((0, 0.0), |(weight, eps)| (weight.device_ptr(stream).0, eps));
-        let input = Input { data, n_tokens: x.n_tokens, norm, eps };
+        let input = Input { data, n_tokens: x.n_tokens, norm, eps, bf16: false };
         // SAFETY: the buffers were checked; what is shared has room for the largest launch.
         unsafe { self.launch_products_at(device, &scratch, &input, jobs, gated) }
     }
@@ -647,7 +657,7 @@ impl EncodedKernels {
         jobs: &[Job<'_>],
         gated: bool,
     ) -> Result<()> {
-        let &Input { mut data, n_tokens, norm, eps } = input;
+        let &Input { mut data, n_tokens, norm, eps, bf16 } = input;
         let n_cols = jobs[0].0.n_cols();
         let is_int8 = jobs[0].0.format == Format::Int8;
         let (tiles, kernel) = match n_tokens {
@@ -655,26 +665,26 @@ impl EncodedKernels {
             2..=8 => (1, 1),
             _ => (2, 2),
         };
-        let (units, n_tokens) = (scratch.units, n_tokens as u32);
+        let (units, n_tokens, bf16) = (scratch.units, n_tokens as u32, bf16.into());
         let cut = self.cut(jobs, n_tokens, gated)?;
         if n_tokens > 1 {
             let prepare = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
             let grid = Grid { blocks: (8 * tiles, 1, 1), threads: 1024, shared_bytes: 0 };
             let out = scratch.operand;
-            let params = Prepare { x: data, out, units, n_tokens, n_cols: n_cols as u32 };
+            let params = Prepare { x: data, out, units, n_tokens, n_cols: n_cols as u32, bf16 };
             // SAFETY: an operand has room for sixteen tokens of `n_cols` columns.
             unsafe { device.launch(prepare, grid, &params)? };
             data = out;
         }
         let n_tasks = jobs.len() as u32;
         let mut launch =
-            Launch { n_tasks, n_tokens, x: data, units, norm, eps, gated: gated.into(), ..Default::default() };
+            Launch { n_tasks, n_tokens, x: data, units, norm, eps, gated: gated.into(), bf16, ..Default::default() };
         (launch.n_slots, launch.table_bytes) = (cut.n_slots, cut.table_bytes);
+        (launch.single, launch.early) = (cut.single.into(), cut.early.into());
         let mut first_cta = 0;
         for (i, (task, &(m, bias, out, adds))) in launch.tasks.iter_mut().zip(jobs).enumerate() {
-            let (n_ctas, early) = (cut.n_ctas[i], cut.early.into());
-            let (matrix, codec) = (m.description, m.codec);
-            *task = Task { matrix, out, bias, first_cta, n_ctas, early, codec, adds: adds.into() };
+            let (n_ctas, matrix, codec) = (cut.n_ctas[i], m.description, m.codec);
+            *task = Task { matrix, out, bias, first_cta, n_ctas, codec, adds: adds.into() };
             // The two of a gated product share theirs.
             first_cta += if gated { 0 } else { n_ctas };
         }
@@ -714,8 +724,8 @@ impl EncodedKernels {
         }
         cut.n_slots = cut.n_warps / n_teams + deepest;
         cut.shared_bytes = shared_bytes;
-        let one_each = |m: &EncodedMatrix| m.decodes_early() && m.description.n_col_blocks * n_teams <= cut.n_warps;
-        cut.early = small && n_tokens == 1 && matrices().all(one_each);
+        cut.single = small && widest * n_teams <= cut.n_warps;
+        cut.early = cut.single && n_tokens == 1 && matrices().all(EncodedMatrix::decodes_early);
         Ok(cut)
     }
 }
@@ -732,7 +742,7 @@ fn product_needs(n_tokens: usize, is_int8: bool, n_cols: usize) -> Needs {
     match (n_tokens, is_int8) {
         (1, true) => Needs { tile_bytes: EARLY_BYTES, block_bytes, warps: 32 },
         (1, false) => Needs { tile_bytes: 256, block_bytes, warps: 32 },
-        (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: if n_tokens > 8 { 20 } else { 16 } },
+        (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: 16 },
         (_, false) => Needs { tile_bytes: 2048, block_bytes: 0, warps: 16 },
     }
 }
@@ -861,6 +871,8 @@ mod tests {
         (4, 13, 9, 3, 512),
         (4, 8, 9, 2, 64),
         (4, 8, 0, 3, 64),
+        (4, 11, 0, 2, 256),
+        (2, 9, 0, 4, 96),
         (4, 11, 11, 3, 1024),
         (8, 10, 3, 1, 64),
         (8, 10, 4, 1, 256),
@@ -877,19 +889,20 @@ mod tests {
 
     /// Tensors of so many blocks that each warp takes several, one behind the other.
     fn many_blocks() -> Vec<(String, EncodedTensor)> {
-        let source = tensor(2080, 4096, 21);
+        // Some thread blocks have more row blocks of the second than others.
+        let sources = [tensor(2080, 4096, 21), tensor(5760, 1024, 22)];
         let codecs = [
             (Format::Int8, 8, 10, 4, 1, 0),
             (Format::Int8, 4, 10, 6, 2, 0),
             (Format::Fp8, 2, 13, 3, 4, 0),
             (Format::Bf16, 4, 12, 9, 3, 116 << 7),
         ];
-        let encode = |(format, parts_per_symbol, table_bits, raw_bits, part_bits, bias)| {
+        let encode = |source: &Tensor, (format, parts_per_symbol, table_bits, raw_bits, part_bits, bias)| {
             let params = Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols: 32, bias };
             let options = EncodeOptions { format, params: Some(params), ..Default::default() };
-            (format!("2080 × 4096 {format} {params:?}"), parse(encode_tensor(&source, &options).unwrap()))
+            (format!("{:?} {format} {params:?}", source.shape), parse(encode_tensor(source, &options).unwrap()))
         };
-        codecs.map(encode).into()
+        sources.iter().flat_map(|source| codecs.map(|codec| encode(source, codec))).collect()
     }
 
     fn parse(bytes: Vec<u8>) -> EncodedTensor {
@@ -906,8 +919,8 @@ mod tests {
     #[test]
     fn what_is_encoded_for_speed_has_kernels() {
         let source = tensor(256, 512, 7);
-        // From 7 bits to 2.2. Below two the encoder takes codes without a raw sign.
-        let steps = (0..6).map(|i| (Format::Rate, Some(0.002 * 2f32.powi(i))));
+        // From 7 bits to 0.6.
+        let steps = (0..8).map(|i| (Format::Rate, Some(0.002 * 2f32.powi(i))));
         for (format, step) in [Format::Int8, Format::Fp8, Format::Bf16].map(|f| (f, None)).into_iter().chain(steps) {
             let options = EncodeOptions { format, prefer: Prefer::Speed, step, ..Default::default() };
             let t = parse(encode_tensor(&source, &options).unwrap());
@@ -1061,6 +1074,35 @@ mod tests {
         }
     }
 
+    #[test]
+    fn matrices_of_different_heights_share_a_launch() {
+        let Some((device, kernels, mut upload)) = gpu() else { return };
+        let stream = device.stream();
+        let mut operand = kernels.operand(&device, 1024).unwrap();
+        let heights = [5760, 96, 33];
+        let params = Params { parts_per_symbol: 8, table_bits: 10, raw_bits: 7, part_bits: 1, block_cols: 32, bias: 0 };
+        let encode = |n_rows: usize| {
+            let options = EncodeOptions { format: Format::Int8, params: Some(params), ..Default::default() };
+            parse(encode_tensor(&tensor(n_rows, 1024, n_rows as u64), &options).unwrap())
+        };
+        let matrices = heights.map(|n| EncodedMatrix::upload(&device, &kernels, &mut upload, &encode(n)).unwrap());
+        for n_tokens in [1, 5, 16] {
+            let x = stream.clone_htod(&random(n_tokens * 1024, 3)).unwrap();
+            let mut outs = heights.map(|n| stream.alloc_zeros::<f32>(n_tokens * n).unwrap());
+            let mut alone = heights.map(|n| stream.alloc_zeros::<f32>(n_tokens * n).unwrap());
+            let product = |(matrix, out)| Product { matrix, bias: None, out, adds: false };
+            let mut together: Vec<_> = matrices.iter().zip(&mut outs).map(product).collect();
+            kernels.product(&device, &mut operand, plain_input(&x, n_tokens), &mut together).unwrap();
+            for pair in matrices.iter().zip(&mut alone) {
+                kernels.product(&device, &mut operand, plain_input(&x, n_tokens), &mut [product(pair)]).unwrap();
+            }
+            for (n_rows, (together, alone)) in heights.into_iter().zip(outs.iter().zip(&alone)) {
+                let [together, alone] = [together, alone].map(|out| stream.clone_dtoh(out).unwrap());
+                assert_same(&format!("{n_rows} rows, {n_tokens} tokens"), n_rows, &together, &alone);
+            }
+        }
+    }
+
     fn plain_input(data: &CudaSlice<f32>, n_tokens: usize) -> Activations<'_> {
         Activations { data, first: 0, n_tokens, norm: None }
     }
@@ -1071,7 +1113,7 @@ mod tests {
         let Some((device, kernels, mut upload)) = gpu() else { return };
         let mut operand = kernels.operand(&device, 4096).unwrap();
         let stream = device.stream();
-        for (what, t) in tensors() {
+        for (what, t) in tensors().into_iter().chain(many_blocks()) {
             // Its partner has the same shape and kernels, and other parameters where the encoder chooses them.
             let partner = tensor_like(&t);
             let matrices = [&t, &partner].map(|t| EncodedMatrix::upload(&device, &kernels, &mut upload, t).unwrap());

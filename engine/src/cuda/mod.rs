@@ -20,4 +20,4 @@ mod zstd;
 pub use backend::{Batch, Buffer, Cache, CudaBackend, Matrix, Recording, Vector};
 pub use decoder::CudaDecoder;
 pub use device::Device;
-pub use encoded::{External, ExternalMatrix};
+pub use encoded::{External, ExternalInput, ExternalMatrix};

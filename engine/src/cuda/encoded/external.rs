@@ -25,6 +25,19 @@ pub struct ExternalMatrix<'a> {
     pub table: u64,
 }
 
+/// What [`External::product`] reads, and works in; device addresses.
+#[derive(Clone, Copy)]
+pub struct ExternalInput {
+    /// `[n_tokens, n_cols]`
+    pub x: u64,
+    /// 1 to 16.
+    pub n_tokens: usize,
+    /// Whether `x`, biases and outputs are BF16, not f32.
+    pub bf16: bool,
+    /// What [`External::workspace_bytes`] says, at a multiple of 16.
+    pub workspace: u64,
+}
+
 const UNITS_BYTES: usize = 8 * PRODUCT_TOKENS;
 
 impl External {
@@ -71,22 +84,20 @@ impl External {
         }
     }
 
-    /// `out[t] = matrix · x[t] + bias` for each of the matrices, all f32; x `[n_tokens, n_cols]`, 1 to 16 tokens. `outs` holds the
-    /// addresses of biases (0 for none) and outputs. What comes out is that of the engine's own products.
+    /// `out[t] = matrix · x[t] + bias` for each of the matrices. `outs` holds the addresses of biases (0 for none) and outputs. What comes out
+    /// is that of the engine's own products, rounded where it is BF16.
     ///
     /// # Safety
-    /// The stream is one of the GPU's primary context. Every address has the room that its shape takes (`workspace`: what
-    /// [`Self::workspace_bytes`] says, at a multiple of 16), in the GPU's memory, until the stream is through; the matrices' bytes
-    /// have the metadata that their layouts were made from.
+    /// The stream is one of the GPU's primary context. Every address has the room that its shape takes, in the GPU's memory, until the
+    /// stream is through; the matrices' bytes have the metadata that their layouts were made from.
     pub unsafe fn product(
         &self,
         stream: u64,
         matrices: &[ExternalMatrix<'_>],
         outs: &[(u64, u64)],
-        x: u64,
-        n_tokens: usize,
-        workspace: u64,
+        input: ExternalInput,
     ) -> Result<()> {
+        let ExternalInput { x, n_tokens, bf16, workspace } = input;
         if n_tokens == 0 || n_tokens > PRODUCT_TOKENS || matrices.len() != outs.len() {
             return Err(Error::Parameter(format!(
                 "{n_tokens} tokens, {} matrices, {} outputs: a product takes 1 to {PRODUCT_TOKENS} tokens, and an output \
@@ -97,7 +108,7 @@ impl External {
         }
         let matrices = self.matrices(matrices)?;
         let scratch = Scratch { units: workspace, operand: workspace + UNITS_BYTES as u64 };
-        let input = Input { data: x, n_tokens, norm: 0, eps: 0.0 };
+        let input = Input { data: x, n_tokens, norm: 0, eps: 0.0, bf16 };
         let jobs: Vec<Job<'_>> = matrices.iter().zip(outs).map(|(m, &(bias, out))| (m, bias, out, false)).collect();
         // SAFETY: the caller's promises.
         let device = unsafe { self.device.on_stream(stream as *mut _) };
