@@ -61,7 +61,7 @@ impl Prefer {
             (Self::Speed, 2) => 0.45 + 0.01 * table,
             // What GPU kernels are made for, where the codes are integers: eight parts of one bit, or four.
             (Self::Speed, 8) if format.is_integer() && (3..=7).contains(&params.raw_bits) => 0.01 * table,
-            (Self::Speed, 4) if format.is_integer() && (1..=6).contains(&params.raw_bits) => 0.30 + 0.01 * table,
+            (Self::Speed, 4) if format.is_integer() && params.raw_bits <= 6 => 0.30 + 0.01 * table,
             (Self::Speed, 4) if !format.is_integer() => 0.16 + 0.01 * table,
             (Self::Speed, _) => 1.0,
         };
