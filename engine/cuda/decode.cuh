@@ -318,8 +318,8 @@ __device__ __forceinline__ u32 units_of(const Matrix& m, u32 j, u32 n_blocks) {
     return n_rows * m.n_units + in_last * units_per_block - j * units_per_block;
 }
 
-// Decodes `n_blocks` blocks of `n_units` units from column block j of row block i on, which `reader` has opened, and calls sink.quad(unit, q, quad, whole) for all their
-// quads (those of a last, partial unit included, which is not whole), sink.end_unit(unit) after each unit of 32 columns, begin_block(i, j) and
+// Decodes `n_blocks` blocks of `n_units` units from column block j of row block i on, which `reader` has opened, and calls sink.quad(unit, q, quad, whole)
+// for all their quads (those of a last, partial unit included, which is not whole), sink.end_unit(unit) after each unit of 32 columns, begin_block(i, j) and
 // end_block() around each block, and end_row() after the last block of a row block, or of all.
 template <int FORMAT, class C, class Sink>
 __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u32 table, u32 lane, u32 i, u32 j, u32 n_blocks, u32 n_units, Sink& sink) {

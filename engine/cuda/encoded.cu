@@ -137,9 +137,8 @@ struct Patches {
     u32 next, end, held;
     u32 base, bounds, ahead;  // AHEAD: those of block `base + lane` begin at `bounds`
 
-    // Asks for what can be known before `begin` of `block`, the first.
+    // AHEAD: asks for what can be known before `begin` of `block`, the first.
     __device__ __forceinline__ void open(const Matrix& m, u32 block, u32 lane) {
-        if constexpr (!AHEAD) return;
         list = m.patches, base = block, next = end = 0;
         if (!m.patch_offsets) return;
         const u32 n_blocks = (m.n_rows + 31) / 32 * m.n_col_blocks;
@@ -152,7 +151,7 @@ struct Patches {
         if (first < limit) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(patch) : "l"(list + min(first + lane, limit - 1)));
         return patch;
     }
-    // `block` is the one that was opened, or follows the last.
+    // AHEAD: `block` is the one that was opened, or follows the last.
     __device__ __forceinline__ void begin(const Matrix& m, u32 block, u32 lane) {
         if constexpr (AHEAD) {
             if (!m.patch_offsets) return;
@@ -330,10 +329,7 @@ struct DenseSink {
     float scale;
     u32 held[8 * ELEMENT];
 
-    __device__ __forceinline__ DenseSink(const Task& task, u32 scratch, u32 first_block, u32 lane)
-        : m(task.matrix), out((u8*)task.out), tile{scratch}, lane(lane) {
-        patches.open(m, first_block, lane);
-    }
+    __device__ __forceinline__ DenseSink(const Task& task, u32 scratch, u32 lane) : m(task.matrix), out((u8*)task.out), tile{scratch}, lane(lane) {}
     __device__ __forceinline__ void begin_block(u32 i_, u32 j) {
         i = i_, scale = VALUES && i * 32 + lane < m.n_rows ? scale_of<FORMAT>(m, i * 32 + lane) : 0;
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
@@ -461,8 +457,7 @@ struct DotSink {
     __device__ __forceinline__ DotSink(const Launch&, const Task& task, u32 scratch, u32 slot, u32 lane)
         : m(task.matrix), scratch(scratch), lane(lane), slot(slot) {}
     // What comes from device memory and depends on no other kernel.
-    __device__ __forceinline__ void look_ahead(const Launch& launch, u32 first_block) {
-        patches.open(m, first_block, lane);
+    __device__ __forceinline__ void look_ahead(const Launch& launch, u32) {
         for (u32 c = threadIdx.x * 32; launch.norm && c < m.n_cols; c += blockDim.x * 32) {
             asm volatile("prefetch.global.L2 [%0];" ::"l"(launch.norm + c));
         }
@@ -749,7 +744,7 @@ __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
     wait_for_table(first < end);
     __syncthreads();
     if (first == end) return;
-    Sink sink(task, ring + RING_BYTES, first, lane);
+    Sink sink(task, ring + RING_BYTES, lane);
     with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, i, j, end - first, units_of(m, j, end - first), sink); });
 }
 
@@ -817,8 +812,9 @@ __device__ __forceinline__ float add_up(const Launch& launch, const Task& task, 
     return task.bias && row < task.matrix.n_rows ? y + element(task.bias, row, launch.bf16) : y;
 }
 
-// Products: a thread block has whole row blocks, of which its warps take shares that are as even as can be, and adds up what they leave. `with` is with_codec or its like. Shared memory: the table (two with `gated`, where half of the warps are each product's), the warps' rings and
-// tiles, slots of sums, and what the sink keeps.
+// Products: a thread block has whole row blocks, of which its warps take shares that are as even as can be, and adds up what they leave. `with` is
+// with_codec or its like. Shared memory: the table (two with `gated`, where half of the warps are each product's), the warps' rings and tiles, slots of sums,
+// and what the sink keeps.
 template <int FORMAT, class Sink, class With>
 __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
@@ -925,7 +921,6 @@ __device__ __forceinline__ void gather(const Launch& launch, With with) {
     const u32 block = token / 32 * m.n_col_blocks + blockIdx.x;
     reader.open(m, Stream(m, block, block + 1), table + launch.table_bytes, lane);
     GatherSink<FORMAT> sink{m, out, {}, lane, token / 32, token % 32, 0, scale_of<FORMAT>(m, token)};
-    sink.patches.open(m, block, lane);
     with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, token / 32, blockIdx.x, 1, units_of(m, blockIdx.x, 1), sink); });
 }
 
