@@ -191,6 +191,7 @@ __device__ __forceinline__ u32 offset_at(const Matrix& m, u32 block) {
 // Where the streams of the blocks from `block` to `end` lie, in units of 16 bytes.
 struct Stream {
     u32 begin, end;
+    Stream() = default;
     __device__ __forceinline__ Stream(const Matrix& m, u32 block, u32 end) : begin(offset_at(m, block)), end(offset_at(m, end)) {}
 };
 

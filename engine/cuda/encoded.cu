@@ -6,7 +6,7 @@
 #include "decode.cuh"
 
 constexpr u32 MAX_TASKS = 8;
-constexpr u32 MAX_ROWS = 64;  // row blocks of a thread block that multiplies
+constexpr u32 MAX_ROWS = 128;  // row blocks of a thread block that multiplies
 
 // One tensor's part of a launch. engine/src/cuda/encoded.rs has the same structure, and the next.
 struct Task {
@@ -299,6 +299,20 @@ struct Input {
         most = __uint_as_float(__reduce_max_sync(FULL, holds ? all_most[lane] : 0));
         if (norm) squares = warp_sum(holds ? all_squares[lane] : 0);
     }
+    // Calls put as for_each does, in one pass, of what is not yet multiplied by the norm's factor; afterwards, with a norm, `squares` is the block's.
+    template <class Put>
+    __device__ __forceinline__ void read_once(Put put) {
+        float4 w[HELD];
+#pragma unroll
+        for (u32 h = 0; h < HELD; h++) w[h] = weights(threadIdx.x + h * blockDim.x);
+#pragma unroll
+        for (u32 h = 0; h < HELD; h++) {
+            const u32 i = threadIdx.x + h * blockDim.x;
+            if (i < n_quads) put(i, count(held[h], w[h]));
+        }
+        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) put(i, count(values(i), weights(i)));
+        if (norm) squares = block_sum(squares);
+    }
     __device__ __forceinline__ bool finite() const { return most < __int_as_float(0x7f800000); }
     // What the norm multiplies by.
     __device__ __forceinline__ float factor(float eps) const { return norm ? rsqrtf(squares / n_cols + eps) : 1; }
@@ -420,7 +434,7 @@ struct GatherSink {
     __device__ __forceinline__ void end_row() {}
 };
 
-constexpr u32 SLOT_BYTES = 256;  // the sums of 32 rows and a token, of 64 bits each
+constexpr u32 GROUP = 128;  // columns
 
 __device__ __forceinline__ void mma(i32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -432,13 +446,16 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
 }
 
 // One token. int8: exact, x in two signed bytes (base 255). fp8: float32, four sums a row, one for each column modulo 4. bf16: on the tensor
-// cores, x as the sum of two bf16 numbers; the rows beside one that has a weight which is no number get none either.
+// cores, x as the sum of two bf16 numbers, float32 sums of GROUP columns, which are added up as doubles: so encoded weights and plain ones make the
+// same products, however they are shared out, but for patches. The rows beside one that has a weight which is no number get none either.
 //
 // There a lane's columns, which are all of its own row, stand where the operand has four rows' (row g = lane / 4, columns of t = lane % 4): so
 // the activations are, in column n of the other operand, those of the lanes with t = n % 4 and zeros for the others, and the products of the
-// lane's row come out in column t (of its first four columns) and in column t + 4 of row g + 8 (of the next four).
-template <int FORMAT>
+// lane's row come out in column t (of its first four columns) and in column t + 4 of row g + 8 (of the next four). GROUPS is 1, or 4 for plain
+// weights: then a warp has eight rows, of which the four lanes of a row have four groups of columns.
+template <int FORMAT, u32 GROUPS = 1>
 struct DotSink {
+    static constexpr u32 ROWS = 32 / GROUPS;
     static constexpr int TILE_BYTES = FORMAT == INT8 ? EARLY_BYTES : 256;
     static constexpr bool MASKS = FORMAT != INT8, EARLY = FORMAT == INT8, READS_X = true;
     const Matrix& m;
@@ -448,7 +465,7 @@ struct DotSink {
     u32 scratch, lane, first_col, n_cols;
     i32 high = 0, low = 0;
     float sums[4] = {};
-    double total = 0;   // bf16: of the blocks before
+    double total = 0;   // bf16: of the groups before
     u32 slot;           // where the row block's sums go
     const uint4* x_next;  // the unit's
     uint4 pair;           // int8: of two quads
@@ -465,32 +482,45 @@ struct DotSink {
     // `shared` has room for the activations. All threads call it.
     __device__ __forceinline__ void prepare(const Launch& launch, Input& input, u8* shared) {
         x = shared;
-        input.read();
-        const float ratio = fixed_ratio(input.most, input.finite());
-        input.for_each([&](u32 i, float4 v) {
-            if constexpr (FORMAT == INT8) {
+        double unit = 1;
+        if constexpr (FORMAT == INT8) {
+            input.read();
+            const float ratio = fixed_ratio(input.most, input.finite());
+            input.for_each([&](u32 i, float4 v) {
                 const Fixed a(v.x, ratio), b(v.y, ratio), c(v.z, ratio), d(v.w, ratio);
                 ((uint2*)shared)[i] = {pack(a.high, b.high, c.high, d.high), pack(a.low, b.low, c.low, d.low)};
-            } else if constexpr (FORMAT == BF16) {
+            });
+            unit = fixed_unit(ratio, input.finite());
+        } else {
+            input.read_once([&](u32 i, float4 v) {
                 const float4 low = rest(v);
-                ((uint4*)shared)[i] = {pack(v.x, v.y), pack(v.z, v.w), pack(low.x, low.y), pack(low.z, low.w)};
-            } else {
-                ((float4*)shared)[i] = v;
-            }
-        });
-        double unit = input.factor(launch.eps);
-        if (FORMAT == INT8) unit *= fixed_unit(ratio, input.finite());
+                if (FORMAT == BF16) ((uint4*)shared)[place(i)] = {pack(v.x, v.y), pack(v.z, v.w), pack(low.x, low.y), pack(low.z, low.w)};
+                else ((float4*)shared)[i] = v;
+            });
+        }
+        unit *= input.factor(launch.eps);
         *(double*)unit_at() = unit;
         if (FORMAT == BF16 && threadIdx.x < 8) ((uint4*)zeros_at())[threadIdx.x] = {};
+        for (u32 i = input.n_quads + threadIdx.x; GROUPS > 1 && i < n_quads(); i += blockDim.x) ((uint4*)shared)[place(i)] = {};
     }
-    __device__ __forceinline__ const u8* unit_at() const { return x + (m.n_cols + 31) / 32 * (FORMAT == INT8 ? 64 : 128); }
+    // Of activations with the zeros behind them.
+    __device__ __forceinline__ u32 n_quads() const {
+        constexpr u32 COLS = GROUPS == 1 ? 32 : GROUPS * GROUP;
+        return (m.n_cols + COLS - 1) / COLS * (COLS / 4);
+    }
+    // Where those of a quad lie: of four groups, which are read at the same time, in different banks.
+    static __device__ __forceinline__ u32 place(u32 i) { return GROUPS == 1 ? i : i + i / (GROUP / 4); }
+    __device__ __forceinline__ const u8* unit_at() const { return x + place(n_quads()) * (FORMAT == INT8 ? 8 : 16); }
     // bf16: 128 bytes, in other banks than what is read of `x` at the same time.
     __device__ __forceinline__ const u8* zeros_at() const { return unit_at() + 64; }
     __device__ __forceinline__ bool reads_x() const { return lane / 4 % 4 == lane % 4; }
     __device__ __forceinline__ void begin_block(u32 i, u32 j) {
         first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
-        x_next = (const uint4*)x + first_col / (FORMAT == INT8 ? 8 : 4);
-        if (FORMAT == BF16) x_next = reads_x() ? x_next + lane / 16 : (const uint4*)zeros_at();
+        x_next = (const uint4*)x + place(first_col / (FORMAT == INT8 ? 8 : 4));
+        if (FORMAT == BF16) {
+            const u32 group = GROUPS == 1 ? 0 : lane / 4 % 4;
+            x_next = reads_x() ? x_next + place(group * (GROUP / 4)) + lane / 16 : (const uint4*)zeros_at();
+        }
         patches.begin(m, i * m.n_col_blocks + j, lane);
     }
     template <class W>
@@ -517,23 +547,35 @@ struct DotSink {
             sums[3] = fmaf(value_of<FORMAT>(code_at<FORMAT>(quad, 3)), v.w, sums[3]);
         }
     }
-    __device__ __forceinline__ void end_unit(u32) {
+    __device__ __forceinline__ void end_unit(u32 u) {
         if (FORMAT == INT8) x_next += 4;
         if (FORMAT == BF16 && reads_x()) x_next += 8;
+        if (FORMAT == BF16 && GROUPS == 1 && (u + 1) % (GROUP / 32) == 0 && (u + 1) * 32 < n_cols) end_group();
+    }
+    // A unit of plain bf16.
+    __device__ __forceinline__ void rows(u32 u, Tile<64> weights) {
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const uint4 v = weights.load(lane, 16 * c);
+            quad(u, 2 * c, {v.x, v.y}, std::true_type()), quad(u, 2 * c + 1, {v.z, v.w}, std::true_type());
+        }
+        end_unit(u);
+    }
+    // bf16: adds the sums to their rows' total.
+    __device__ __forceinline__ void end_group() {
+        // From where the products stand to the lanes of their rows.
+        float y[2];
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            y[c] = lane & 2 ? sums[2 + c] : sums[c];
+            y[c] += __shfl_xor_sync(FULL, y[c], 2);
+            y[c] = __shfl_sync(FULL, y[c], (lane & 28) | lane >> 1 & 1);
+        }
+        total += lane & 1 ? y[1] : y[0];
+        for (int c = 0; c < 4; c++) sums[c] = 0;
     }
     __device__ __forceinline__ void end_block() {
-        if constexpr (FORMAT == BF16) {
-            // From where the products stand to the lanes of their rows.
-            float y[2];
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-                y[c] = lane & 2 ? sums[2 + c] : sums[c];
-                y[c] += __shfl_xor_sync(FULL, y[c], 2);
-                y[c] = __shfl_sync(FULL, y[c], (lane & 28) | lane >> 1 & 1);
-            }
-            total += lane & 1 ? y[1] : y[0];
-            for (int c = 0; c < 4; c++) sums[c] = 0;
-        }
+        if (FORMAT == BF16) end_group();
         if (patches.next == patches.end) return;
         if constexpr (FORMAT == INT8) {
             // The sums are exact, so that the order does not matter.
@@ -585,8 +627,9 @@ struct DotSink {
         typename std::conditional<FORMAT == INT8, i64, double>::type sum;
         if constexpr (FORMAT == INT8) sum = 255 * (i64)high + low;
         else sum = total + ((double)sums[0] + sums[1] + ((double)sums[2] + sums[3]));
-        asm volatile("st.shared.u64 [%0], %1;" ::"r"(slot + 8 * again(lane)), "l"(*(u64*)&sum) : "memory");
-        slot += SLOT_BYTES, high = low = 0, total = 0;
+        if constexpr (GROUPS == 4) sum += __shfl_xor_sync(FULL, sum, 1), sum += __shfl_xor_sync(FULL, sum, 2);
+        if (lane % GROUPS == 0) asm volatile("st.shared.u64 [%0], %1;" ::"r"(slot + 8 * again(lane) / GROUPS), "l"(*(u64*)&sum) : "memory");
+        slot += 8 * ROWS, high = low = 0, total = 0;
         for (int c = 0; c < 4; c++) sums[c] = 0;
     }
     // What the sums are worth.
@@ -596,6 +639,7 @@ struct DotSink {
 // 2 to 16 tokens: TILES × 8 of them, on the tensor cores. int8: exact. Others: bf16 operands, x as the sum of two, sums in float32.
 template <int FORMAT, int TILES>
 struct MmaSink {
+    static constexpr u32 ROWS = 32;
     static constexpr int ELEMENT = FORMAT == INT8 ? 1 : 2, TILE_BYTES = 1024 * ELEMENT;
     static constexpr bool MASKS = FORMAT != INT8, EARLY = false, READS_X = false;
     using Sum = typename std::conditional<FORMAT == INT8, i32, float>::type;
@@ -690,14 +734,88 @@ struct MmaSink {
                     u64 sum;
                     if constexpr (FORMAT == INT8) sum = (u64)(255 * (i64)sums[half][t][0][s] + sums[half][t][1][s]);
                     else sum = (u64)__double_as_longlong(sums[half][t][0][s]);
-                    asm volatile("st.shared.u64 [%0], %1;" ::"r"(slot + token * SLOT_BYTES + row * 8), "l"(sum) : "memory");
+                    asm volatile("st.shared.u64 [%0], %1;" ::"r"(slot + (token * ROWS + row) * 8), "l"(sum) : "memory");
                 }
             }
         }
-        slot += n_tokens * SLOT_BYTES;
+        slot += n_tokens * ROWS * 8;
         clear();
     }
     __device__ __forceinline__ double unit(u32 token) const { return FORMAT == INT8 ? units[token] : 1; }
+};
+
+// A warp's way through consecutive blocks of a plain matrix: bf16, with rows up to a multiple of eight and columns up to one, at `Matrix::stream`. A block is
+// eight rows of four groups of GROUP columns; a unit has 32 columns of each group. They lie in shared memory as the rows of a tile, the groups of a row side
+// by side, and STAGES of them are there or on their way. Columns that the matrix does not have are zeros.
+template <u32 GROUP, u32 STAGES>
+struct PlainReader {
+    static constexpr u32 UNIT_BYTES = 2048, BYTES = STAGES * UNIT_BYTES;
+    // What is asked for next: of four rows of the tile, two of the matrix apart, the lane's 16 bytes.
+    const u8* from;
+    u32 octet, octets, two_rows;    // the place of these in their row, what a row has, and the bytes of two
+    u32 i, j, unit, units, blocks;  // `unit` of `units` of the first of so many blocks
+    u32 base, to;
+
+    static __device__ __forceinline__ u32 units_in(const Matrix& m, u32 j) { return min(GROUP / 32, m.n_units - j * (GROUP / 8)); }
+    __device__ __forceinline__ void seek(const Matrix& m) {
+        const u32 lane = threadIdx.x % 32;
+        octet = (j * 4 + lane / 4 % 4) * (GROUP / 8) + lane % 4;
+        from = m.stream + ((u64)(i * 8 + lane / 16) * octets + octet) * 16;
+        unit = 0, units = units_in(m, j);
+    }
+    __device__ __forceinline__ void fetch(const Matrix& m, u32 stage) {
+        if (blocks) {
+#pragma unroll
+            for (u32 c = 0; c < 4; c++) {
+                asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                             ::"r"(to + stage * UNIT_BYTES + c * 512), "l"(from + c * two_rows), "r"(octet < octets ? 16 : 0) : "memory");
+            }
+            octet += 4, from += 64;
+            if (++unit == units) {
+                if (++j == m.n_col_blocks) j = 0, i++;
+                if (--blocks) seek(m);
+            }
+        }
+        commit_copies();
+    }
+    // Asks for the first units of `n_blocks` blocks from column block j_ of row block i_ on.
+    __device__ __forceinline__ void open(const Matrix& m, u32 i_, u32 j_, u32 n_blocks, u32 window) {
+        const u32 lane = threadIdx.x % 32;
+        base = window, to = window + Tile<64>::offset(lane / 4, lane % 4 * 16);
+        octets = (m.n_cols + 7) / 8, two_rows = octets * 32;
+        i = i_, j = j_, blocks = n_blocks;
+        seek(m);
+#pragma unroll
+        for (u32 stage = 0; stage < STAGES; stage++) fetch(m, stage);
+    }
+    // Hands the blocks to the sink: see decode_blocks.
+    template <class Sink>
+    __device__ __forceinline__ void read(const Matrix& m, u32 i, u32 j, u32 n_blocks, Sink& sink) {
+        u32 stage = 0, before = STAGES;
+#pragma unroll 1
+        for (;;) {
+            const u32 units = units_in(m, j);
+            sink.begin_block(i, j);
+#pragma unroll 1
+            for (u32 u = 0; u < units; u++) {
+                // There is a group of copies for each unit, and an empty one between the first STAGES and the others.
+                wait_copies<STAGES - 2>();
+                __syncwarp();
+                // To where the unit before lay, which all lanes are through with; while this one is multiplied.
+                if (before < STAGES) fetch(m, before);
+                else commit_copies();
+                sink.rows(u, Tile<64>{base + stage * UNIT_BYTES});
+                before = stage, stage = stage + 1 < STAGES ? stage + 1 : 0;
+            }
+            sink.end_block();
+            const bool ends = ++j == m.n_col_blocks;
+            if (ends) j = 0, i++;
+            if (--n_blocks == 0) break;
+            if (ends) sink.end_row();
+        }
+        sink.end_row();
+        wait_copies<0>();
+    }
 };
 
 // ---------------------------------------------------------------- kernels
@@ -748,14 +866,15 @@ __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
     with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, i, j, end - first, units_of(m, j, end - first), sink); });
 }
 
-// The blocks of a task that a thread block has, all of some row blocks, shared out to its warps.
+// The blocks of a task that a thread block has, all of some row blocks, shared out to its warps. A row block is ROWS rows.
+template <u32 ROWS>
 struct Part {
     u32 first_row, n_rows;  // row blocks
     u32 n_blocks, n_warps;  // of those that get any
 
     __device__ __forceinline__ Part() {}
     __device__ __forceinline__ Part(const Task& task, u32 all_warps) {
-        const u32 n = (task.matrix.n_rows + 31) / 32, cta = blockIdx.x - task.first_cta;
+        const u32 n = (task.matrix.n_rows + ROWS - 1) / ROWS, cta = blockIdx.x - task.first_cta;
         first_row = n * cta / task.n_ctas, n_rows = n * (cta + 1) / task.n_ctas - first_row;
         n_blocks = n_rows * task.matrix.n_col_blocks, n_warps = min(all_warps, n_blocks);
     }
@@ -776,9 +895,10 @@ struct Cut {
     Share shares[32];         // by warp
     u16 places[MAX_ROWS][2];  // the first and the last that a row block has
 
+    template <u32 ROWS>
     __device__ __forceinline__ void work_out(const Task& task, u32 n_warps, u32 lane) {
         const Matrix& m = task.matrix;
-        const Part part(task, n_warps);
+        const Part<ROWS> part(task, n_warps);
         if (lane == 0) first_row = part.first_row, n_rows = part.n_rows;
         if (lane < n_warps) {
             const u32 place = place_of_warp(lane, n_warps), first = part.begin(place), n_blocks = part.begin(place + 1) - first;
@@ -796,15 +916,15 @@ struct Cut {
     }
 };
 
-// Lane's row of the part's row block r of the product with a token: the sums of the warps that share it, in their order, times what they are worth, and
-// the bias.
-template <int FORMAT>
-__device__ __forceinline__ float add_up(const Launch& launch, const Task& task, const Cut& cut, u32 slots, u32 r, u32 token, float scale, double unit) {
-    const u32 lane = threadIdx.x % 32, row = (cut.first_row + r) * 32 + lane, last = cut.places[r][1];
+// Lane's row, which is `row`, of the part's row block r of the product with a token: the sums of the warps that share it, in their order, times what they
+// are worth, and the bias.
+template <int FORMAT, u32 ROWS>
+__device__ __forceinline__ float add_up(const Launch& launch, const Task& task, const Cut& cut, u32 slots, u32 r, u32 token, u32 row, float scale, double unit) {
+    const u32 lane = threadIdx.x % 32 % ROWS, last = cut.places[r][1];
     typename std::conditional<FORMAT == INT8, i64, double>::type sum = 0;
     for (u32 p = cut.places[r][0]; p <= last; p++) {
         u64 bits;
-        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(slots + ((p + r) * launch.n_tokens + token) * SLOT_BYTES + lane * 8) : "memory");
+        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(slots + (((p + r) * launch.n_tokens + token) * ROWS + lane) * 8) : "memory");
         if constexpr (FORMAT == INT8) sum += (i64)bits;
         else sum += __longlong_as_double((i64)bits);
     }
@@ -813,62 +933,85 @@ __device__ __forceinline__ float add_up(const Launch& launch, const Task& task, 
 }
 
 // Products: a thread block has whole row blocks, of which its warps take shares that are as even as can be, and adds up what they leave. `with` is
-// with_codec or its like. Shared memory: the table (two with `gated`, where half of the warps are each product's), the warps' rings and tiles, slots of sums,
-// and what the sink keeps.
-template <int FORMAT, class Sink, class With>
+// with_codec or its like; PLAIN: the matrices are not encoded. Shared memory: the table (two with `gated`, where half of the warps are each product's), the
+// warps' rings and tiles, slots of sums, and what the sink keeps.
+template <int FORMAT, class Sink, bool PLAIN = false, class With>
 __device__ __forceinline__ void multiply(const Launch& launch, With with) {
+    using Plain = PlainReader<GROUP, 4>;
+    constexpr u32 ROWS = Sink::ROWS, WINDOW = PLAIN ? Plain::BYTES : RING_BYTES + Sink::TILE_BYTES;
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
     const u32 team_warps = launch.gated ? n_warps / 2 : n_warps, team = warp / team_warps, n_teams = launch.gated ? 2 : 1;
     const Task& task = launch.gated ? launch.tasks[team] : find_task(launch);
     const Matrix& m = task.matrix;
     const u32 team_warp = warp - team * team_warps;
     const u32 shared = (u32)__cvta_generic_to_shared(shared_memory), table = shared + team * launch.table_bytes;
-    const u32 ring = shared + n_teams * launch.table_bytes + warp * (RING_BYTES + Sink::TILE_BYTES);
-    const u32 slots_at = n_teams * launch.table_bytes + n_warps * (RING_BYTES + Sink::TILE_BYTES);
-    const u32 slots_bytes = launch.n_slots * launch.n_tokens * SLOT_BYTES;
+    const u32 ring = shared + n_teams * launch.table_bytes + warp * WINDOW;
+    const u32 slots_at = n_teams * launch.table_bytes + n_warps * WINDOW;
+    const u32 slot_bytes = launch.n_tokens * ROWS * 8, slots_bytes = launch.n_slots * slot_bytes;
     // What depends on no other kernel: the table, and the first blocks' bytes.
     __shared__ Cut cuts[2];
     Share share;
     u32 slot;
-    if (launch.single) {
+    if constexpr (PLAIN) {
+        // By every warp for itself, so that all ask for their weights at once.
+        const Part<ROWS> part(task, team_warps);
+        slot = place_of_warp(team_warp, team_warps);
+        const u32 first = part.begin(slot), r = first / m.n_col_blocks;
+        share = {part.first_row + r, first - r * m.n_col_blocks, part.begin(slot + 1) - first, 0};
+        slot += r;
+    } else if (launch.single) {
         if (team_warp == 0 && lane == 0) cuts[team].work_out_single(task);
         share = {blockIdx.x - task.first_cta, team_warp, team_warp < m.n_col_blocks, 0};
         if (share.n_blocks) share.n_units = min(m.block_cols / 32, m.n_units - team_warp * (m.block_cols / 32));
         slot = team_warp;
     } else {
-        if (team_warp == 0) cuts[team].work_out(task, team_warps, lane);
+        if (team_warp == 0) cuts[team].work_out<ROWS>(task, team_warps, lane);
         __syncthreads();
         share = cuts[team].shares[team_warp];
         slot = place_of_warp(team_warp, team_warps) + share.i - cuts[team].first_row;
     }
     const u32 i = share.i, j = share.j, n_blocks = share.n_blocks, n_units = share.n_units, block = i * m.n_col_blocks + j;
-    const Stream stream(m, block, block + n_blocks);
-    copy_table(m, table, threadIdx.x - team * team_warps * 32, team_warps * 32);
-    if (n_blocks) {
-        prefetch_raw(m, i, j, lane);
-        if (lane == 0) prefetch_scales(m, i);  // needed at the end
+    typename std::conditional<PLAIN, Plain, Reader>::type reader;
+    Stream stream;
+    if constexpr (PLAIN) {
+        if (n_blocks) reader.open(m, i, j, n_blocks, ring);
+        if (team_warp == 0) cuts[team].template work_out<ROWS>(task, team_warps, lane);
+    } else {
+        stream = Stream(m, block, block + n_blocks);
+        copy_table(m, table, threadIdx.x - team * team_warps * 32, team_warps * 32);
+        if (n_blocks) {
+            prefetch_raw(m, i, j, lane);
+            if (lane == 0) prefetch_scales(m, i);  // needed at the end
+        }
     }
-    Sink sink(launch, task, ring + RING_BYTES, shared + slots_at + team * slots_bytes + slot * launch.n_tokens * SLOT_BYTES, lane);
+    Sink sink(launch, task, ring + RING_BYTES, shared + slots_at + team * slots_bytes + slot * slot_bytes, lane);
     sink.look_ahead(launch, block);
-    Reader reader;
     // While the kernel before this one is at work.
     const bool early = Sink::EARLY && launch.early;
-    if (early) {
-        if (n_blocks) reader.open(m, stream, ring, lane);
-        wait_for_table(n_blocks);
-        __syncthreads();
-        if (n_blocks) decode_parts(m, reader, table, lane, n_units, ring + RING_BYTES);
+    if constexpr (!PLAIN) {
+        if (early) {
+            if (n_blocks) reader.open(m, stream, ring, lane);
+            wait_for_table(n_blocks);
+            __syncthreads();
+            if (n_blocks) decode_parts(m, reader, table, lane, n_units, ring + RING_BYTES);
+        }
     }
     wait_for_previous();
     // Not before: of three kernels on the way at once, some multiprocessors would get several thread blocks, others none.
     start_next();
     Input input(launch.x, launch.norm, launch.bf16, Sink::READS_X ? m.n_cols : 0);
     // Not before: it waits for the offsets, and the activations would come after them.
-    if (!early && n_blocks) reader.open(m, stream, ring, lane);
+    if constexpr (!PLAIN) {
+        if (!early && n_blocks) reader.open(m, stream, ring, lane);
+    }
     sink.prepare(launch, input, shared_memory + slots_at + n_teams * slots_bytes);
-    if (!early) wait_for_table(n_blocks);
+    if constexpr (!PLAIN) {
+        if (!early) wait_for_table(n_blocks);
+    }
     __syncthreads();
-    if (n_blocks) {
+    if constexpr (PLAIN) {
+        if (n_blocks) reader.read(m, i, j, n_blocks, sink);
+    } else if (n_blocks) {
         with(task.codec, [&](auto codec) INLINE {
             if (early) {
                 sink.begin_block(i, j);
@@ -885,15 +1028,15 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     const Task& task1 = launch.tasks[1];
     const u32 n_tokens = launch.n_tokens, n_items = cuts[0].n_rows * n_tokens, n_rows = task0.matrix.n_rows, all_slots = shared + slots_at;
     u32 item = warp;
-    auto row_of = [&]() INLINE { return (cuts[0].first_row + item / n_tokens) * 32 + lane; };
+    auto row_of = [&]() INLINE { return lane < ROWS ? (cuts[0].first_row + item / n_tokens) * ROWS + lane : n_rows; };
     auto scale = [&](const Task& of) INLINE { return item < n_items && row_of() < n_rows ? scale_of<FORMAT>(of.matrix, row_of()) : 0; };
     float scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0;
     __syncthreads();
     while (item < n_items) {
         const u32 r = item / n_tokens, token = item % n_tokens, row = row_of();
         const double unit = sink.unit(token);
-        float y = add_up<FORMAT>(launch, task0, cuts[0], all_slots, r, token, scale0, unit);
-        if (launch.gated) y = add_up<FORMAT>(launch, task1, cuts[1], all_slots + slots_bytes, r, token, scale1, unit) * (y / (1 + expf(-y)));
+        float y = add_up<FORMAT, ROWS>(launch, task0, cuts[0], all_slots, r, token, row, scale0, unit);
+        if (launch.gated) y = add_up<FORMAT, ROWS>(launch, task1, cuts[1], all_slots + slots_bytes, r, token, row, scale1, unit) * (y / (1 + expf(-y)));
         if (row < n_rows) {
             const u64 at = (u64)token * n_rows + row;
             float* out = (float*)task0.out + at;
@@ -962,6 +1105,11 @@ __device__ __forceinline__ void with_codec(u32 codec, F f) {
 KERNELS(INT8, int8)
 KERNELS(FP8, fp8)
 KERNELS(BF16, bf16)
+
+// One token's products of matrices that are not encoded.
+extern "C" __global__ void __launch_bounds__(512, 2) product_plain(const __grid_constant__ Launch l) {
+    multiply<BF16, DotSink<BF16, 4>, true>(l, nullptr);
+}
 
 // ---------------------------------------------------------------- activations
 

@@ -33,14 +33,13 @@ extern "C" __global__ void embed_dense(const __grid_constant__ EmbedDense p) {
         p.out[size_t(blockIdx.x) * p.n_cols + i] = __bfloat162float(row[i]);
 }
 
-// ---- Norms and products ----------------------------------------------------------------------------------------------
+// ---- Norms and sums --------------------------------------------------------------------------------------------------
 
 struct Normalize {
     const float* x;       // [n_tokens, n_cols]
     const float* weight;  // [n_cols], or null: no norm
     float* out;           // [n_tokens, n_cols], or null
     __nv_bfloat16* narrow;  // [n_tokens, stride], or null; zeros past n_cols
-    __nv_bfloat16* rest;    // the same of what rounding lost, or null
     float eps;
     uint32_t n_cols, stride;
 };
@@ -59,144 +58,9 @@ extern "C" __global__ void normalize(const __grid_constant__ Normalize p) {
     for (uint32_t i = threadIdx.x; i < p.stride; i += blockDim.x) {
         const float value = i < p.n_cols ? (p.weight ? x[i] * scale * p.weight[i] : x[i]) : 0;
         if (p.out && i < p.n_cols) p.out[size_t(blockIdx.x) * p.n_cols + i] = value;
-        const __nv_bfloat16 rounded = __float2bfloat16(value);
-        if (p.narrow) p.narrow[size_t(blockIdx.x) * p.stride + i] = rounded;
-        if (p.rest) p.rest[size_t(blockIdx.x) * p.stride + i] = __float2bfloat16(value - __bfloat162float(rounded));
+        if (p.narrow) p.narrow[size_t(blockIdx.x) * p.stride + i] = __float2bfloat16(value);
     }
 }
-
-struct Rows {
-    const uint4* weights;  // [n_rows, stride] BF16, rows 16-byte aligned
-    const float* bias;     // [n_rows], or null
-    float* out;            // [n_tokens, n_rows]
-    uint32_t n_rows, adds;
-};
-
-constexpr uint32_t MAX_PRODUCTS = 3;
-
-struct Matvec {
-    const float* x;     // [n_tokens, n_cols]
-    const float* norm;  // [n_cols], or null
-    Rows products[MAX_PRODUCTS];  // those past the last have no rows
-    float eps;
-    uint32_t n_cols, stride;  // stride: n_cols rounded up to 8
-};
-
-constexpr uint32_t MATVEC_THREADS = 512;
-constexpr uint32_t MATVEC_WARPS = MATVEC_THREADS / 32;
-// Loads of 16 bytes that a lane has on the way. GPUs with less shared memory have fewer.
-#if __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200
-constexpr uint32_t DEPTH = 4;
-#else
-constexpr uint32_t DEPTH = 8;
-#endif
-
-// Up to three products of one token. Bound by the weights' way from memory, so each block has an equal run of rows, the
-// first of which are asked for before the activations are known; and a lane copies its weights to shared memory DEPTH
-// steps before it multiplies them, where only it reads them, so that nothing has to wait for other lanes. blockIdx.y is the
-// token. If GATED, there are two of as many rows, and the one output is silu(first) * second.
-//
-// Activations lie in shared memory as two planes, columns 0 to 3 of every eight and columns 4 to 7, so that lanes
-// read consecutive 16 bytes.
-template <bool GATED>
-__device__ __forceinline__ void matvec(const Matvec& p) {
-    extern __shared__ uint4 shared[];  // [DEPTH][MATVEC_THREADS] weights, then [2][stride / 8] activations
-    uint4* ring = shared + threadIdx.x;
-    float4* x_shared = reinterpret_cast<float4*>(shared + DEPTH * MATVEC_THREADS);
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t octets = p.stride / 8, steps = (octets + 31) / 32;  // a step of a warp is 256 columns
-    const uint32_t n0 = p.products[0].n_rows, n1 = n0 + p.products[1].n_rows, n2 = n1 + p.products[2].n_rows;
-    const uint64_t n_rows = GATED ? n0 : n2;
-    const uint32_t end = n_rows * (blockIdx.x + 1) / gridDim.x;
-    uint32_t row = n_rows * blockIdx.x / gridDim.x + warp;
-
-    auto weights_of = [&](uint32_t row, uint32_t half) {
-        if (GATED) return (half ? p.products[1] : p.products[0]).weights + size_t(row) * octets;
-        if (row < n0) return p.products[0].weights + size_t(row) * octets;
-        if (row < n1) return p.products[1].weights + size_t(row - n0) * octets;
-        return p.products[2].weights + size_t(row - n1) * octets;
-    };
-    // What is copied next.
-    uint32_t next_row = row, next_half = 0, next_octet = lane;
-    const uint4* next = row < end ? weights_of(row, 0) : nullptr;
-    auto fetch = [&](uint32_t slot) {
-        if (next_row < end) {
-            if (next_octet < octets) {
-                const uint32_t to = __cvta_generic_to_shared(ring + slot * MATVEC_THREADS);
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(next + next_octet) : "memory");
-            }
-            next_octet += 32;
-            if (next_octet >= steps * 32) {
-                next_octet = lane;
-                next_half = GATED && !next_half;
-                if (!next_half) next_row += MATVEC_WARPS;
-                if (next_row < end) next = weights_of(next_row, next_half);
-            }
-        }
-        asm volatile("cp.async.commit_group;" ::: "memory");
-    };
-    for (uint32_t slot = 0; slot < DEPTH; slot++) fetch(slot);
-    wait_for_previous();
-    // Not before: of three kernels on the way at once, some multiprocessors would get several blocks, others none.
-    start_next();
-
-    const float* x = p.x + size_t(blockIdx.y) * p.n_cols;
-    float sum = 0;
-    for (uint32_t i = threadIdx.x; i < p.stride / 4; i += MATVEC_THREADS) {
-        float4 v;
-        if (p.n_cols % 4 == 0) {
-            v = 4 * i < p.n_cols ? reinterpret_cast<const float4*>(x)[i] : float4{};
-        } else {
-            auto at = [&](uint32_t column) { return column < p.n_cols ? x[column] : 0.0f; };
-            v = {at(4 * i), at(4 * i + 1), at(4 * i + 2), at(4 * i + 3)};
-        }
-        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-        if (p.norm) {
-            auto at = [&](uint32_t column) { return column < p.n_cols ? p.norm[column] : 0.0f; };
-            v.x *= at(4 * i), v.y *= at(4 * i + 1), v.z *= at(4 * i + 2), v.w *= at(4 * i + 3);
-        }
-        x_shared[i % 2 * octets + i / 2] = v;
-    }
-    // The norm's factor is the same for all columns: rows are multiplied by it at their end.
-    const float scale = p.norm ? 1 / sqrtf(block_sum(sum) / p.n_cols + p.eps) : 1;
-    __syncthreads();
-
-    float gate = 0;
-    uint32_t slot = 0;
-    for (; row < end; row += MATVEC_WARPS) {
-#pragma unroll
-        for (uint32_t half = 0; half < (GATED ? 2 : 1); half++) {
-            float low = 0, high = 0;
-            for (uint32_t octet = lane; octet < steps * 32; octet += 32) {
-                asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
-                if (octet < octets) {
-                    const uint4 w = ring[slot * MATVEC_THREADS];
-                    const float4 a = x_shared[octet], b = x_shared[octets + octet];
-                    const float2 w0 = widen(w.x), w1 = widen(w.y), w2 = widen(w.z), w3 = widen(w.w);
-                    low += w0.x * a.x + w0.y * a.y + w1.x * a.z + w1.y * a.w;
-                    high += w2.x * b.x + w2.y * b.y + w3.x * b.z + w3.y * b.w;
-                }
-                fetch(slot);
-                slot = (slot + 1) % DEPTH;
-            }
-            float dot = warp_sum(low + high) * scale;
-            if (GATED && half == 0) {
-                gate = dot + (p.products[0].bias ? p.products[0].bias[row] : 0);
-            } else if (lane == 0) {
-                const uint32_t which = GATED ? 1 : (row >= n0) + (row >= n1);
-                const uint32_t at = GATED ? row : row - (which == 0 ? 0 : which == 1 ? n0 : n1);
-                const Rows& product = p.products[which];
-                if (product.bias) dot += product.bias[at];
-                float* out = p.products[GATED ? 0 : which].out + size_t(blockIdx.y) * product.n_rows + at;
-                if (GATED) dot *= gate / (1 + expf(-gate));
-                *out = product.adds ? *out + dot : dot;
-            }
-        }
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(MATVEC_THREADS) matvec_dense(const __grid_constant__ Matvec p) { matvec<false>(p); }
-extern "C" __global__ void __launch_bounds__(MATVEC_THREADS) matvec_gated(const __grid_constant__ Matvec p) { matvec<true>(p); }
 
 struct AddBias {
     float* out;         // [n_tokens, n_rows]

@@ -1,16 +1,16 @@
 //! The operations of the forward pass on a GPU.
 //!
 //! A step of one token is recorded as a CUDA graph and replayed: what changes from token to token (the token and its
-//! position) is read from memory that [`Backend::begin`] writes. Its products read the weights once, with the norm before
-//! them and the sum after them in the same kernel. Those of more tokens are cuBLAS's, where it is installed: up to 16
-//! tokens, of activations as the sum of two BF16 numbers, and for more, rounded to one. Encoded matrices are multiplied as they are up to 16
-//! tokens, and for more decoded into a buffer first that all of them share.
+//! position) is read from memory that [`Backend::begin`] writes. Its products read the weights once, encoded or not, with the norm before
+//! them and the sum after them in the same kernel. Those of more tokens are cuBLAS's where weights are plain or lossless, of activations
+//! rounded to BF16: so a lossless archive yields what its source does. Other encoded matrices are multiplied as they are up to 16 tokens. For cuBLAS
+//! encoded matrices are decoded, into a buffer that all of them share; without cuBLAS tokens go one by one, or 16 by 16.
 
 use super::blas::{Blas, Gemm};
 use super::device::{Device, Grid, failed};
-use super::encoded::{self, EncodedKernels, EncodedMatrix, OperandBuffer, PRODUCT_TOKENS};
+use super::encoded::{self, DeviceMatrix, EncodedKernels, OperandBuffer, PLAIN_ALIGN, PRODUCT_TOKENS, plain_len};
 use super::host::{Pinned, Upload};
-use super::ops::{self, Kernels, NONE, Rows};
+use super::ops::{self, Kernels, NONE};
 use super::sample::{DrawState, SampleKernels};
 use super::zstd::{Zstd, ZstdMatrix};
 use crate::backend::{Attention, Backend, CacheShape, DecodedForm, DeviceMemory, Input, Logits, Norm, Projection};
@@ -19,12 +19,10 @@ use crate::sampler::{self, Draw};
 use crate::weights::{DenseType, Weight};
 use codecllm_codec::Coder;
 use cudarc::driver::sys::{CUdeviceptr, CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
-use cudarc::driver::{CudaFunction, CudaGraph, CudaSlice, DevicePtr, DevicePtrMut, DriverError};
+use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr, DevicePtrMut, DriverError};
 use half::bf16;
 use std::sync::{Mutex, MutexGuard};
 
-/// Weights of a row are padded to a multiple of this, so that rows begin at 16 bytes.
-const ROW_ALIGN: usize = 8;
 /// Threads of kernels that go over a token's activations.
 const ROW_THREADS: u32 = 256;
 /// What cuBLAS takes for itself on the largest GPUs, in bytes.
@@ -79,7 +77,7 @@ impl CudaBackend {
         &self.device
     }
 
-    /// Whether cuBLAS was found. Without it, prompts take as long as the same tokens one by one.
+    /// Whether cuBLAS was found. Without it, prompts take several times as long.
     pub fn has_blas(&self) -> bool {
         self.blas.is_some()
     }
@@ -102,33 +100,40 @@ impl Scratch {
 pub struct Matrix(Storage);
 
 enum Storage {
-    Dense(Dense),
-    Encoded(Box<EncodedMatrix>),
+    Dense(Box<Dense>),
+    Encoded(Box<DeviceMatrix>),
     Zstd(Box<ZstdMatrix>),
 }
 
-/// BF16, `[n_rows, stride]`
+/// A plain matrix with its memory.
 struct Dense {
+    matrix: DeviceMatrix,
     data: CudaSlice<bf16>,
-    n_rows: usize,
-    n_cols: usize,
-    stride: usize,
 }
 
 impl Matrix {
+    /// What is multiplied as it is.
+    fn fused(&self) -> Option<&DeviceMatrix> {
+        match &self.0 {
+            Storage::Dense(dense) => Some(&dense.matrix),
+            Storage::Encoded(encoded) => Some(encoded),
+            Storage::Zstd(_) => None,
+        }
+    }
+
     fn n_rows(&self) -> usize {
         match &self.0 {
-            Storage::Dense(dense) => dense.n_rows,
-            Storage::Encoded(encoded) => encoded.n_rows(),
             Storage::Zstd(zstd) => zstd.n_rows(),
+            Storage::Dense(dense) => dense.matrix.n_rows(),
+            Storage::Encoded(matrix) => matrix.n_rows(),
         }
     }
 
     fn n_cols(&self) -> usize {
         match &self.0 {
-            Storage::Dense(dense) => dense.n_cols,
-            Storage::Encoded(encoded) => encoded.n_cols(),
             Storage::Zstd(zstd) => zstd.n_cols(),
+            Storage::Dense(dense) => dense.matrix.n_cols(),
+            Storage::Encoded(matrix) => matrix.n_cols(),
         }
     }
 }
@@ -139,11 +144,9 @@ pub struct Vector(CudaSlice<f32>);
 /// Activations: `[capacity, width]`.
 pub struct Buffer {
     data: CudaSlice<f32>,
-    /// The same rounded to BF16, `[capacity, width padded]`, while it is the input of a product of many tokens. Empty where
-    /// there is one token at most.
+    /// The same rounded to BF16, `[capacity, width padded]`, while it is the input of a product by cuBLAS. Empty where there is
+    /// one token at most.
     narrow: CudaSlice<u16>,
-    /// What that rounding lost, for up to `PRODUCT_TOKENS` tokens.
-    rest: CudaSlice<u16>,
     width: usize,
 }
 
@@ -207,12 +210,7 @@ impl<'a> Activations<'a> {
     }
 
     fn stride(&self) -> usize {
-        self.buffer.width.next_multiple_of(ROW_ALIGN)
-    }
-
-    /// Whether products keep what rounding to BF16 loses: for so few tokens the weights' way from memory is the longer one.
-    fn is_exact(&self) -> bool {
-        self.n_tokens <= PRODUCT_TOKENS
+        self.buffer.width.next_multiple_of(PLAIN_ALIGN)
     }
 
     fn address(&self) -> CUdeviceptr {
@@ -226,16 +224,6 @@ impl<'a> Activations<'a> {
 }
 
 /// The rows of a dense matrix, or of one that was decoded, and what becomes of their product.
-fn rows(weights: CUdeviceptr, product: &mut Projection<'_, CudaBackend>) -> Rows {
-    Rows {
-        weights,
-        bias: product.bias.map_or(NONE, |bias| address(&bias.0)),
-        out: address_mut(&mut product.out.data),
-        n_rows: product.matrix.n_rows() as u32,
-        adds: product.adds.into(),
-    }
-}
-
 /// Where a slice lies. All work goes through one stream, so that no event guards it.
 fn address<T>(slice: &CudaSlice<T>) -> CUdeviceptr {
     slice.device_ptr(slice.stream()).0
@@ -255,15 +243,6 @@ impl CudaBackend {
         self.upload.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Columns that plain matrices may have: a token's activations lie in shared memory.
-    fn dense_cols(&self) -> usize {
-        (self.device.shared_bytes() - self.ring_bytes()) as usize / 4
-    }
-
-    fn ring_bytes(&self) -> u32 {
-        ops::ring_bytes(self.device.shared_bytes())
-    }
-
     /// A grid over `n` values, each thread taking several.
     fn elementwise(&self, n: usize) -> Grid {
         let blocks = n.div_ceil(ROW_THREADS as usize).min(8 * self.device.n_multiprocessors() as usize);
@@ -273,13 +252,12 @@ impl CudaBackend {
     /// Normalizes activations, where they are to be: into `out` as f32, or rounded into their buffer's BF16 form.
     fn normalize(&self, x: &Activations<'_>, out: Option<&mut CudaSlice<f32>>) -> Result<()> {
         let (weight, eps) = x.norm();
-        let (out, narrow, rest) = match out {
-            Some(out) => (address_mut(out), NONE, NONE),
-            None if x.is_exact() => (NONE, address(&x.buffer.narrow), address(&x.buffer.rest)),
-            None => (NONE, address(&x.buffer.narrow), NONE),
+        let (out, narrow) = match out {
+            Some(out) => (address_mut(out), NONE),
+            None => (NONE, address(&x.buffer.narrow)),
         };
         let (n_cols, stride) = (x.n_cols() as u32, x.stride() as u32);
-        let params = ops::Normalize { x: x.address(), weight, out, narrow, rest, eps, n_cols, stride };
+        let params = ops::Normalize { x: x.address(), weight, out, narrow, eps, n_cols, stride };
         let grid = Grid { blocks: (x.n_tokens as u32, 1, 1), threads: 4 * ROW_THREADS, shared_bytes: 0 };
         // SAFETY: the buffer has a row of either form for each token, and so has `out`.
         unsafe { self.device.launch(&self.kernels.normalize, grid, &params) }
@@ -288,59 +266,52 @@ impl CudaBackend {
     /// Any number of products of one input.
     fn products(&self, x: Activations<'_>, products: &mut [Projection<'_, Self>]) -> Result<()> {
         assert!(products.iter().all(|p| p.matrix.n_cols() == x.n_cols()), "a product's input has the matrix's width");
-        let mut dense = Vec::new();
-        let mut encoded = Vec::new();
-        let mut zstd = Vec::new();
-        for product in products {
-            match &product.matrix.0 {
-                Storage::Dense(matrix) => dense.push((matrix, product)),
-                Storage::Encoded(matrix) => encoded.push((&**matrix, product)),
-                Storage::Zstd(matrix) => zstd.push((&**matrix, product)),
-            }
-        }
         let blas = self.blas.as_ref().filter(|_| x.n_tokens > 1);
-        if blas.is_some() && (!dense.is_empty() || !zstd.is_empty() || x.n_tokens > PRODUCT_TOKENS) {
-            self.normalize(&x, None)?;
-        }
-        match blas {
-            Some(blas) => {
-                for (matrix, product) in dense {
-                    self.many(blas, &x, address(&matrix.data), matrix.stride, product)?;
+        let mut is_narrow = false;
+        let (mut plain, mut encoded) = (Vec::new(), Vec::new());
+        for product in products {
+            match (blas, &product.matrix.0) {
+                (_, Storage::Encoded(matrix)) if blas.is_none() || x.n_tokens <= fused_tokens(matrix) => {
+                    encoded.push((&**matrix, product));
+                }
+                (None, Storage::Dense(dense)) => plain.push((&dense.matrix, product)),
+                (None, storage) => {
+                    let mut scratch = self.scratch();
+                    self.dense(storage, &mut scratch.decoded)?;
+                    let (data, n_rows) = (address(&scratch.decoded), product.matrix.n_rows());
+                    let decoded = DeviceMatrix::plain(&self.encoded, data, n_rows, x.n_cols())?;
+                    self.fused(&x, &mut scratch, &mut [(&decoded, product)], 1)?;
+                }
+                (Some(blas), storage) => {
+                    if !std::mem::replace(&mut is_narrow, true) {
+                        self.normalize(&x, None)?;
+                    }
+                    let (weights, stride) = self.dense(storage, &mut self.scratch().decoded)?;
+                    self.many(blas, &x, weights, stride, product)?;
                 }
             }
-            None => {
-                let rows: Vec<_> = dense.into_iter().map(|(matrix, p)| rows(address(&matrix.data), p)).collect();
-                for rows in rows.chunks(ops::MAX_PRODUCTS) {
-                    self.matvec(&self.kernels.matvec_dense, &x, rows)?;
-                }
+        }
+        for (mut fused, most) in [(plain, 1), (encoded, PRODUCT_TOKENS)] {
+            if !fused.is_empty() {
+                self.fused(&x, &mut self.scratch(), &mut fused, most)?;
             }
-        }
-        for (matrix, product) in zstd {
-            let decoded = &mut self.scratch().decoded;
-            let stride = self.decode_zstd(matrix, decoded)?;
-            match blas {
-                Some(blas) => self.many(blas, &x, address(decoded), stride, product)?,
-                None => self.matvec(&self.kernels.matvec_dense, &x, &[rows(address(decoded), product)])?,
-            }
-        }
-        if encoded.is_empty() {
-            return Ok(());
-        }
-        if x.n_tokens <= PRODUCT_TOKENS {
-            return self.encoded_products(&x, encoded);
-        }
-        let Some(blas) = blas else {
-            return Err(Error::device(format!(
-                "prompts of more than {PRODUCT_TOKENS} tokens need cuBLAS where weights are encoded; install the CUDA \
-                 toolkit's libcublas.so, or use --device cpu"
-            )));
-        };
-        for (matrix, product) in encoded {
-            let decoded = &mut self.scratch().decoded;
-            self.decode(matrix, decoded)?;
-            self.many(blas, &x, address(decoded), matrix.n_cols(), product)?;
         }
         Ok(())
+    }
+
+    /// Where a matrix lies as BF16, in `decoded` unless it is plain, and elements between its rows.
+    fn dense(&self, storage: &Storage, decoded: &mut CudaSlice<bf16>) -> Result<(CUdeviceptr, usize)> {
+        match storage {
+            Storage::Dense(dense) => Ok((address(&dense.data), dense.matrix.n_cols().next_multiple_of(PLAIN_ALIGN))),
+            Storage::Encoded(matrix) => {
+                self.decode(matrix, decoded)?;
+                Ok((address(decoded), matrix.n_cols()))
+            }
+            Storage::Zstd(matrix) => {
+                let stride = self.decode_zstd(matrix, decoded)?;
+                Ok((address(decoded), stride))
+            }
+        }
     }
 
     /// The product of many tokens, whose BF16 form is at hand, by `weights`, `[n_rows, stride]`.
@@ -352,27 +323,22 @@ impl CudaBackend {
         stride: usize,
         product: &mut Projection<'_, Self>,
     ) -> Result<()> {
-        let rows = rows(weights, product);
-        let mut gemm = Gemm {
+        let (out, n_rows) = (address_mut(&mut product.out.data), product.matrix.n_rows());
+        let gemm = Gemm {
             matrix: weights,
             matrix_stride: stride,
-            n_rows: product.matrix.n_rows(),
+            n_rows,
             n_cols: product.matrix.n_cols(),
             x: address(&x.buffer.narrow),
             x_stride: x.stride(),
             n_tokens: x.n_tokens,
-            out: rows.out,
+            out,
             adds: product.adds,
         };
         // SAFETY: matrix, input and output have the sizes that are given; all lie on the device's stream.
         unsafe { blas.product(&gemm)? };
-        if x.is_exact() {
-            (gemm.x, gemm.adds) = (address(&x.buffer.rest), true);
-            // SAFETY: as above.
-            unsafe { blas.product(&gemm)? };
-        }
-        if rows.bias != NONE {
-            let params = ops::AddBias { out: rows.out, bias: rows.bias, n_rows: rows.n_rows };
+        if let Some(bias) = product.bias {
+            let params = ops::AddBias { out, bias: address(&bias.0), n_rows: n_rows as u32 };
             let grid = Grid { blocks: (x.n_tokens as u32, 1, 1), threads: ROW_THREADS, shared_bytes: 0 };
             // SAFETY: the output has a row for each token; the bias has a value for each of its columns.
             unsafe { self.device.launch(&self.kernels.add_bias, grid, &params)? };
@@ -380,21 +346,8 @@ impl CudaBackend {
         Ok(())
     }
 
-    /// Up to [`ops::MAX_PRODUCTS`] products in one launch, token by token.
-    fn matvec(&self, kernel: &CudaFunction, x: &Activations<'_>, rows: &[Rows]) -> Result<()> {
-        let (norm, eps) = x.norm();
-        let (n_cols, stride) = (x.n_cols() as u32, x.stride() as u32);
-        let mut params = ops::Matvec { x: x.address(), norm, products: Default::default(), eps, n_cols, stride };
-        params.products[..rows.len()].copy_from_slice(rows);
-        let blocks = (self.device.n_multiprocessors(), x.n_tokens as u32, 1);
-        let grid = Grid { blocks, threads: ops::MATVEC_THREADS, shared_bytes: self.ring_bytes() + 4 * stride };
-        // SAFETY: matrices and vectors have the rows and columns that are given (checked by the callers), and the shared
-        // memory, which `matrix` bounded, holds the activations of a token.
-        unsafe { self.device.launch(kernel, grid, &params) }
-    }
-
     /// Decodes a matrix into `decoded`, which grows where it has to.
-    fn decode(&self, matrix: &EncodedMatrix, decoded: &mut CudaSlice<bf16>) -> Result<()> {
+    fn decode(&self, matrix: &DeviceMatrix, decoded: &mut CudaSlice<bf16>) -> Result<()> {
         self.grow_decoded(matrix.n_rows() * matrix.n_cols(), decoded)?;
         self.encoded.decode(&self.device, &mut [(matrix, decoded)])
     }
@@ -409,8 +362,8 @@ impl CudaBackend {
 
     /// The same for a matrix of coder `zstd`, in rows of as many elements as are returned.
     fn decode_zstd(&self, matrix: &ZstdMatrix, decoded: &mut CudaSlice<bf16>) -> Result<usize> {
-        let stride = matrix.n_cols().next_multiple_of(ROW_ALIGN);
-        self.grow_decoded(matrix.n_rows() * stride, decoded)?;
+        let stride = matrix.n_cols().next_multiple_of(PLAIN_ALIGN);
+        self.grow_decoded(plain_len(matrix.n_rows(), matrix.n_cols()), decoded)?;
         match &mut *self.zstd() {
             Some(zstd) => zstd.decode(&self.device, matrix, decoded, stride)?,
             None => return Err(Error::device("a matrix of coder `zstd` is another backend's")),
@@ -424,8 +377,8 @@ impl CudaBackend {
 
     /// Checks that the product of one token has room for the activations of a matrix's columns.
     fn check_cols(&self, n_cols: usize) -> Result<()> {
-        let room = self.dense_cols();
-        if n_cols.next_multiple_of(ROW_ALIGN) > room {
+        let room = self.encoded.plain_cols();
+        if n_cols > room {
             return Err(Error::unsupported(
                 "--device cuda",
                 format!("a matrix has {n_cols} columns; this GPU's shared memory has room for {room}"),
@@ -434,12 +387,8 @@ impl CudaBackend {
         Ok(())
     }
 
-    /// What products straight from the compressed blocks read, up to sixteen tokens. One token's norm is part of them.
-    fn encoded_input<'a>(
-        &self,
-        x: &Activations<'a>,
-        normed: &'a mut CudaSlice<f32>,
-    ) -> Result<encoded::Activations<'a>> {
+    /// What fused products read, up to sixteen tokens. One token's norm is part of them.
+    fn fused_input<'a>(&self, x: &Activations<'a>, normed: &'a mut CudaSlice<f32>) -> Result<encoded::Activations<'a>> {
         let n_tokens = x.n_tokens;
         if x.norm.is_some() && n_tokens > 1 {
             self.normalize(x, Some(normed))?;
@@ -449,25 +398,38 @@ impl CudaBackend {
         Ok(encoded::Activations { data: &x.buffer.data, first: x.first, n_tokens, norm })
     }
 
-    /// Products of up to sixteen tokens, straight from the compressed blocks.
-    fn encoded_products(
+    /// Products of the matrices as they are, so many tokens at a time.
+    fn fused(
         &self,
         x: &Activations<'_>,
-        products: Vec<(&EncodedMatrix, &mut Projection<'_, Self>)>,
+        scratch: &mut Scratch,
+        products: &mut [(&DeviceMatrix, &mut Projection<'_, Self>)],
+        most: usize,
     ) -> Result<()> {
-        let Scratch { operand, normed, .. } = &mut *self.scratch();
-        let x = self.encoded_input(x, normed)?;
-        let mut products: Vec<_> = products.into_iter().map(|(matrix, p)| encoded_product(matrix, p)).collect();
-        self.encoded.product(&self.device, operand, x, &mut products)
+        let Scratch { operand, normed, .. } = scratch;
+        for first in (0..x.n_tokens).step_by(most) {
+            let n_tokens = most.min(x.n_tokens - first);
+            let input = self.fused_input(&Activations { first: x.first + first, n_tokens, ..*x }, normed)?;
+            let mut products: Vec<_> = products.iter_mut().map(|(m, p)| fused_product(m, p, first)).collect();
+            self.encoded.product(&self.device, operand, input, &mut products)?;
+        }
+        Ok(())
     }
 }
 
-fn encoded_product<'a>(
-    matrix: &'a EncodedMatrix,
+/// Tokens up to which products go straight from the matrix, where there is cuBLAS for more.
+fn fused_tokens(matrix: &DeviceMatrix) -> usize {
+    if matrix.is_lossless() { 1 } else { PRODUCT_TOKENS }
+}
+
+/// A product whose tokens from `first` on come next.
+fn fused_product<'a>(
+    matrix: &'a DeviceMatrix,
     product: &'a mut Projection<'_, CudaBackend>,
+    first: usize,
 ) -> encoded::Product<'a> {
     let bias = product.bias.map(|bias| &bias.0);
-    encoded::Product { matrix, bias, out: &mut product.out.data, adds: product.adds }
+    encoded::Product { matrix, bias, out: &mut product.out.data, first, adds: product.adds }
 }
 
 impl Backend for CudaBackend {
@@ -499,22 +461,23 @@ impl Backend for CudaBackend {
                     none => none.insert(Zstd::new(&self.device)?),
                 };
                 let matrix = zstd.matrix(&self.device, &tensor)?;
-                let len = matrix.n_rows() * matrix.n_cols().next_multiple_of(ROW_ALIGN);
+                let len = plain_len(matrix.n_rows(), matrix.n_cols());
                 self.grow_decoded(len, &mut self.scratch().decoded)?;
                 return Ok(Matrix(Storage::Zstd(Box::new(matrix))));
             }
             Weight::Encoded(tensor) => {
-                let matrix = EncodedMatrix::upload(&self.device, &self.encoded, &mut self.upload(), &tensor)?;
+                let matrix = DeviceMatrix::upload(&self.device, &self.encoded, &mut self.upload(), &tensor)?;
                 self.scratch().grow(self, matrix.n_cols())?;
                 return Ok(Matrix(Storage::Encoded(Box::new(matrix))));
             }
         };
-        let stride = n_cols.next_multiple_of(ROW_ALIGN);
+        let stride = n_cols.next_multiple_of(PLAIN_ALIGN);
         self.check_cols(n_cols)?;
-        let mut to = self.device.zeros::<bf16>(n_rows * stride)?;
+        let mut to = self.device.zeros::<bf16>(plain_len(n_rows, n_cols))?;
         // SAFETY: the allocation has n_rows rows of `stride` weights.
         unsafe { self.upload().copy(&self.device, &data, address_mut(&mut to), 2 * n_cols, 2 * stride)? };
-        Ok(Matrix(Storage::Dense(Dense { data: to, n_rows, n_cols, stride })))
+        let matrix = DeviceMatrix::plain(&self.encoded, address(&to), n_rows, n_cols)?;
+        Ok(Matrix(Storage::Dense(Box::new(Dense { matrix, data: to }))))
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Vector> {
@@ -523,13 +486,8 @@ impl Backend for CudaBackend {
     }
 
     fn buffer(&self, n_tokens: usize, width: usize) -> Result<Buffer> {
-        let BufferSizes { data, narrow, rest } = BufferSizes::new(n_tokens, width);
-        Ok(Buffer {
-            data: self.device.zeros(data)?,
-            narrow: self.device.zeros(narrow)?,
-            rest: self.device.zeros(rest)?,
-            width,
-        })
+        let BufferSizes { data, narrow } = BufferSizes::new(n_tokens, width);
+        Ok(Buffer { data: self.device.zeros(data)?, narrow: self.device.zeros(narrow)?, width })
     }
 
     fn cache(&self, shape: CacheShape) -> Result<Cache> {
@@ -568,7 +526,7 @@ impl Backend for CudaBackend {
 
     fn matrix_bytes(&self, matrix: &Matrix) -> u64 {
         match &matrix.0 {
-            Storage::Dense(dense) => dense.data.num_bytes() as u64,
+            Storage::Dense(dense) => dense.matrix.bytes(),
             Storage::Encoded(encoded) => encoded.bytes(),
             Storage::Zstd(zstd) => zstd.bytes(),
         }
@@ -621,7 +579,7 @@ impl Backend for CudaBackend {
 
         let mut scratch;
         let (table, stride) = match &table.0 {
-            Storage::Dense(table) => (address(&table.data), table.stride),
+            Storage::Dense(table) => (address(&table.data), table.matrix.n_cols().next_multiple_of(PLAIN_ALIGN)),
             Storage::Zstd(table) => {
                 scratch = self.scratch();
                 let stride = self.decode_zstd(table, &mut scratch.decoded)?;
@@ -657,19 +615,13 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         let x = Activations::new(x, 0, batch.n_tokens);
         let mut products = [gate, up];
-        if let ([Storage::Dense(gate), Storage::Dense(up)], 1) = (products.each_ref().map(|p| &p.matrix.0), x.n_tokens)
-        {
-            let weights = [address(&gate.data), address(&up.data)];
-            let [gate, up] = &mut products;
-            return self.matvec(&self.kernels.matvec_gated, &x, &[rows(weights[0], gate), rows(weights[1], up)]);
-        }
-        if let ([Storage::Encoded(gate_matrix), Storage::Encoded(up_matrix)], 1..=PRODUCT_TOKENS) =
-            (products.each_ref().map(|p| &p.matrix.0), x.n_tokens)
+        if let [Some(gate_matrix), Some(up_matrix)] = products.each_ref().map(|p| p.matrix.fused())
+            && x.n_tokens <= fused_tokens(gate_matrix).min(fused_tokens(up_matrix))
         {
             let [gate, up] = &mut products;
             let Scratch { operand, normed, .. } = &mut *self.scratch();
-            let input = self.encoded_input(&x, normed)?;
-            let pair = &mut [encoded_product(gate_matrix, gate), encoded_product(up_matrix, up)];
+            let input = self.fused_input(&x, normed)?;
+            let pair = &mut [fused_product(gate_matrix, gate, 0), fused_product(up_matrix, up, 0)];
             if self.encoded.gated_product(&self.device, operand, input, pair)? {
                 return Ok(());
             }
@@ -810,11 +762,15 @@ impl DeviceMemory for CudaBackend {
     /// None where a row would not begin at a multiple of 16 bytes, or has more columns than plain matrices may have.
     fn decoded_form(&self, matrix: &Matrix) -> Option<DecodedForm> {
         let n_cols = matrix.n_cols();
-        let bytes = 2 * (matrix.n_rows() * n_cols.next_multiple_of(ROW_ALIGN)) as u64;
+        let bytes = 2 * plain_len(matrix.n_rows(), n_cols) as u64;
         match &matrix.0 {
             Storage::Dense(_) => None,
-            Storage::Encoded(encoded) => (n_cols.is_multiple_of(ROW_ALIGN) && n_cols <= self.dense_cols())
-                .then(|| DecodedForm { bytes, is_lossless: encoded.is_lossless(), fused_tokens: PRODUCT_TOKENS }),
+            Storage::Encoded(encoded) => (n_cols.is_multiple_of(PLAIN_ALIGN) && n_cols <= self.encoded.plain_cols())
+                .then(|| DecodedForm {
+                    bytes,
+                    is_lossless: encoded.is_lossless(),
+                    fused_tokens: if self.has_blas() { fused_tokens(encoded) } else { usize::MAX },
+                }),
             Storage::Zstd(zstd) => Some(DecodedForm { bytes, is_lossless: zstd.is_lossless(), fused_tokens: 0 }),
         }
     }
@@ -822,20 +778,21 @@ impl DeviceMemory for CudaBackend {
     fn keep_decoded(&self, matrix: &mut Matrix) -> Result<()> {
         assert!(self.decoded_form(matrix).is_some(), "a matrix without a decoded form is not decoded");
         let (n_rows, n_cols) = (matrix.n_rows(), matrix.n_cols());
-        let mut data = self.device.zeros::<bf16>(0)?;
-        let stride = match &matrix.0 {
+        let mut data = self.device.zeros::<bf16>(plain_len(n_rows, n_cols))?;
+        match &matrix.0 {
             Storage::Dense(_) => return Ok(()),
-            Storage::Encoded(encoded) => self.decode(encoded, &mut data).map(|()| n_cols)?,
-            Storage::Zstd(zstd) => self.decode_zstd(zstd, &mut data)?,
-        };
+            Storage::Encoded(encoded) => self.decode(encoded, &mut data)?,
+            Storage::Zstd(zstd) => self.decode_zstd(zstd, &mut data).map(|_| ())?,
+        }
         // The encoded form's memory is given back in the stream's order, so after the decoder.
-        matrix.0 = Storage::Dense(Dense { data, n_rows, n_cols, stride });
+        let plain = DeviceMatrix::plain(&self.encoded, address(&data), n_rows, n_cols)?;
+        matrix.0 = Storage::Dense(Box::new(Dense { matrix: plain, data }));
         Ok(())
     }
 
     fn buffer_bytes(&self, n_tokens: usize, width: usize) -> u64 {
-        let BufferSizes { data, narrow, rest } = BufferSizes::new(n_tokens, width);
-        (4 * data + 2 * (narrow + rest)) as u64
+        let BufferSizes { data, narrow } = BufferSizes::new(n_tokens, width);
+        (4 * data + 2 * narrow) as u64
     }
 
     fn cache_bytes(&self, shape: CacheShape) -> u64 {
@@ -855,14 +812,13 @@ impl DeviceMemory for CudaBackend {
 struct BufferSizes {
     data: usize,
     narrow: usize,
-    rest: usize,
 }
 
 impl BufferSizes {
     fn new(n_tokens: usize, width: usize) -> Self {
-        let stride = width.next_multiple_of(ROW_ALIGN);
+        let stride = width.next_multiple_of(PLAIN_ALIGN);
         let n_narrow = if n_tokens > 1 { n_tokens } else { 0 };
-        Self { data: n_tokens * width, narrow: n_narrow * stride, rest: n_narrow.min(PRODUCT_TOKENS) * stride }
+        Self { data: n_tokens * width, narrow: n_narrow * stride }
     }
 }
 

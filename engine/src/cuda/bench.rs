@@ -7,10 +7,11 @@
 use super::blas::{Blas, Element, Gemm};
 use super::code;
 use super::device::{Device, Grid, failed};
-use super::encoded::{Activations, EncodedKernels, EncodedMatrix, OperandBuffer, PRODUCT_TOKENS, Product};
+use super::encoded::{
+    Activations, DeviceMatrix, EncodedKernels, OperandBuffer, PLAIN_ALIGN, PRODUCT_TOKENS, Product, plain_len,
+};
 use super::host::Upload;
 use super::nvcomp::{CHUNK_BYTES, Chunks, ElementType, INSTALL, Method, Nvcomp, Room};
-use super::ops::{self, Kernels, NONE, Rows};
 use crate::error::{Error, Result};
 use codecllm_codec::block::BLOCK_ROWS;
 use codecllm_codec::quantize::{Codes, code_value};
@@ -44,7 +45,6 @@ const CHECKED_BLOCKS: usize = 16;
 pub struct Bench {
     device: Device,
     encoded: EncodedKernels,
-    dense: Kernels,
     read: CudaFunction,
     blas: Option<Blas>,
     nvcomp: Result<Option<Nvcomp>>,
@@ -67,7 +67,7 @@ pub struct Dense {
 pub struct Encoded {
     tensor: EncodedTensor,
     codes: Codes<'static>,
-    copies: Vec<EncodedMatrix>,
+    copies: Vec<DeviceMatrix>,
 }
 
 /// Who multiplies a BF16 matrix.
@@ -154,7 +154,6 @@ impl Bench {
     pub fn open(index: usize, max_cols: usize, seed: u64) -> Result<Self> {
         let device = Device::open(index)?;
         let encoded = EncodedKernels::new(&device)?;
-        let dense = Kernels::load(&device)?;
         let module = device.load(&code::BENCH)?;
         let read = device.kernel(&module, "read_memory", 0)?;
         let blas = Blas::load(&device)?.map(|b| b.with_workspace(&device, BLAS_WORKSPACE_BYTES)).transpose()?;
@@ -168,7 +167,6 @@ impl Bench {
             rotated_bytes: ROTATED_BYTES.max(4 * cache_bytes),
             nvcomp: Nvcomp::load(),
             encoded,
-            dense,
             read,
             blas,
             uploads: RefCell::new(Upload::new(&device)?),
@@ -302,8 +300,8 @@ impl Bench {
         let (&[n_rows, n_cols], Dtype::Bf16) = (&tensor.shape[..], tensor.dtype) else {
             return Err(Error::Parameter(format!("{:?} {:?}; a BF16 matrix is expected", tensor.dtype, tensor.shape)));
         };
-        let stride = n_cols.next_multiple_of(8);
-        let mut values = vec![bf16::ZERO; n_rows * stride];
+        let stride = n_cols.next_multiple_of(PLAIN_ALIGN);
+        let mut values = vec![bf16::ZERO; plain_len(n_rows, n_cols)];
         for (to, from) in values.chunks_mut(stride).zip(tensor.data.chunks(2 * n_cols)) {
             to.iter_mut().zip(from.as_chunks().0).for_each(|(to, from)| *to = bf16::from_le_bytes(*from));
         }
@@ -329,33 +327,23 @@ impl Bench {
         let stream = self.device.stream();
         let matrix = move |copy: usize| matrices.copies[copy].device_ptr(stream).0;
         if by == DenseProduct::Engine {
-            let ring_bytes = ops::ring_bytes(self.device.shared_bytes());
-            if n_tokens != 1 || ring_bytes + 4 * stride as u32 > self.device.shared_bytes() {
+            if n_tokens != 1 || n_cols > self.encoded.plain_cols() {
                 return Ok(None);
             }
             let x_dev = self.upload(x)?;
-            let out = Rc::new(self.upload(&vec![f32::NAN; n_rows])?);
-            let (to, threads) = (out.clone(), ops::MATVEC_THREADS);
-            let grid = Grid {
-                blocks: (self.device.n_multiprocessors(), 1, 1),
-                threads,
-                shared_bytes: ring_bytes + 4 * stride as u32,
-            };
+            let out = Rc::new(RefCell::new(self.upload(&vec![f32::NAN; n_tokens * n_rows])?));
+            let to = out.clone();
             let operation = self.record(n_copies, bytes, Records::Always, move |copy| {
-                let rows = Rows {
-                    weights: matrix(copy),
-                    bias: NONE,
-                    out: to.device_ptr(stream).0,
-                    n_rows: n_rows as u32,
-                    adds: 0,
-                };
-                let products = [rows, Rows::default(), Rows::default()];
-                let (x, n_cols, stride) = (x_dev.device_ptr(stream).0, n_cols as u32, stride as u32);
-                let params = ops::Matvec { x, norm: NONE, products, eps: 0.0, n_cols, stride };
-                // SAFETY: matrix, input and output have the sizes that are given.
-                unsafe { self.device.launch(&self.dense.matvec_dense, grid, &params) }
+                let matrix = DeviceMatrix::plain(&self.encoded, matrix(copy), n_rows, n_cols)?;
+                let input = Activations { data: &x_dev, first: 0, n_tokens, norm: None };
+                let out = &mut *to.borrow_mut();
+                let products = &mut [Product { matrix: &matrix, bias: None, out, first: 0, adds: false }];
+                self.encoded.product(&self.device, &mut self.operand.borrow_mut(), input, products)
             })?;
-            self.check_dense(dense, "the engine's BF16 product", x, n_tokens, &self.download(&out)?, 0.0)?;
+            let out = out.borrow();
+            // Activations are the sum of two BF16 numbers.
+            let rounding = 2f64.powi(-16);
+            self.check_dense(dense, "the engine's BF16 product", x, n_tokens, &self.download(&out)?, rounding)?;
             return Ok(Some(operation));
         }
         let Some(blas) = &self.blas else { return Ok(None) };
@@ -487,7 +475,7 @@ impl Bench {
         let operation = self.record(encoded.copies.len(), bytes, Records::Always, move |copy| {
             let x = Activations { data: &x_dev, first: 0, n_tokens, norm: None };
             let out = &mut *to.borrow_mut();
-            let product = Product { matrix: &matrices.copies[copy], bias: None, out, adds: false };
+            let product = Product { matrix: &matrices.copies[copy], bias: None, out, first: 0, adds: false };
             self.encoded.product(&self.device, &mut self.operand.borrow_mut(), x, &mut [product])
         })?;
         let found = self.download(&*out.borrow())?;
@@ -571,8 +559,8 @@ impl Bench {
         Ok(Some((operation, compressed_bytes)))
     }
 
-    fn upload_encoded(&self, tensor: &EncodedTensor) -> Result<EncodedMatrix> {
-        EncodedMatrix::upload(&self.device, &self.encoded, &mut self.uploads.borrow_mut(), tensor)
+    fn upload_encoded(&self, tensor: &EncodedTensor) -> Result<DeviceMatrix> {
+        DeviceMatrix::upload(&self.device, &self.encoded, &mut self.uploads.borrow_mut(), tensor)
     }
 
     fn upload<T: DeviceRepr>(&self, data: &[T]) -> Result<CudaSlice<T>> {

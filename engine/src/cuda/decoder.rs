@@ -1,7 +1,7 @@
 //! The GPU's decoder by itself, for `verify` to compare with the reference.
 
 use super::device::{Device, failed};
-use super::encoded::{EncodedKernels, EncodedMatrix};
+use super::encoded::{DeviceMatrix, EncodedKernels};
 use super::host::Upload;
 use super::zstd::Zstd;
 use crate::error::Result;
@@ -43,7 +43,7 @@ impl CudaDecoder {
             return Ok(codes_of(zstd.codes(device, tensor)?, tensor));
         }
         let mut upload = self.upload.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let matrix = EncodedMatrix::upload(device, &self.kernels, &mut upload, tensor)?;
+        let matrix = DeviceMatrix::upload(device, &self.kernels, &mut upload, tensor)?;
         let code_bytes = tensor.format().code_bits() as usize / 8;
         let mut decoded = device.zeros::<u8>(tensor.n_rows() * tensor.n_cols() * code_bytes)?;
         self.kernels.decode_codes(device, &mut [(&matrix, &mut decoded)])?;

@@ -82,11 +82,9 @@ impl Device {
         let n_multiprocessors = context
             .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(failed("counting multiprocessors"))? as u32;
-        // The kernels have some bytes of their own beside what a launch asks for.
         let shared_bytes = context
             .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
-            .map_err(failed("asking for the shared memory"))? as u32
-            - (1 << 10);
+            .map_err(failed("asking for the shared memory"))? as u32;
         Ok(Self { index, context, stream, n_multiprocessors, shared_bytes, capability })
     }
 
@@ -157,7 +155,7 @@ impl Device {
         self.n_multiprocessors
     }
 
-    /// Shared memory that a launch may ask for, in bytes.
+    /// Shared memory that a thread block may have, what its kernel declares included, in bytes.
     pub(super) fn shared_bytes(&self) -> u32 {
         self.shared_bytes
     }

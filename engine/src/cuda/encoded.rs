@@ -1,4 +1,4 @@
-//! Encoded matrices on a GPU: their bytes as they lie in the archive, and what runs on them (`engine/cuda/encoded.cu`).
+//! Matrices on a GPU, encoded (their bytes as they lie in the archive) or plain BF16, and what runs on them (`engine/cuda/encoded.cu`).
 //!
 //! Nothing here allocates or waits once a matrix is made, so that every launch may be part of a graph.
 
@@ -7,12 +7,11 @@ mod external;
 pub use external::{External, ExternalInput, ExternalMatrix};
 
 use super::code;
-use super::device::{Device, Grid, failed};
+use super::device::{Device, Grid};
 use super::host::Upload;
 use crate::error::{Error, Result};
 use codecllm_codec::block::{BLOCK_ROWS, Params};
 use codecllm_codec::{EncodedTensor, Format, Layout};
-use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, DevicePtrMut};
 use std::sync::Arc;
 
@@ -30,16 +29,22 @@ const EARLY_COLS: u32 = 512;
 /// fit on a multiprocessor, those of the next kernel beside the last of this one. They decode early, which takes half as many instructions more, and
 /// costs nothing while other kernels leave the multiprocessor idle.
 const SMALL: f64 = 0.75;
+/// Bytes of a warp's list of patches where they are put into their places one by one (`PatchQueue` in encoded.cu).
+const PATCH_BYTES: u32 = 272;
 /// Bytes of a warp's window on its stream.
 const RING_BYTES: u32 = 2560;
 /// What a decode to rows needs: tiles where warps collect them.
-const DENSE_NEEDS: Needs = Needs { tile_bytes: 4096, block_bytes: 0, warps: 32 };
-/// Bytes of a slot, the sums of 32 rows and a token (`SLOT_BYTES` in encoded.cu).
-const SLOT_BYTES: u32 = 256;
+const DENSE_NEEDS: Needs = Needs { warp_bytes: RING_BYTES + 4096, block_bytes: 0, warps: 32 };
+/// Rows and columns of a plain matrix's blocks: four groups of columns whose sums are float32 (`GROUP` in encoded.cu).
+const PLAIN_BLOCK: (u32, u32) = (8, 512);
+/// Bytes of a warp's window on a plain matrix (`PlainReader` in encoded.cu).
+const PLAIN_BYTES: u32 = 4 * 2048;
+/// Rows and columns of plain matrices are padded to a multiple of this.
+pub(super) const PLAIN_ALIGN: usize = 8;
 /// What the kernels declare of shared memory themselves.
-const DECLARED_BYTES: u32 = 2048;
+const DECLARED_BYTES: u32 = 3072;
 /// Row blocks of a thread block that multiplies, at most (the larger number: `MAX_ROWS` in encoded.cu), for one token and for more: for each it has slots.
-const THREAD_BLOCK_ROWS: [u32; 2] = [64, 8];
+const THREAD_BLOCK_ROWS: [u32; 2] = [128, 8];
 /// Row blocks that the kernels count.
 const MAX_ROW_BLOCKS: usize = 1 << 16;
 
@@ -123,11 +128,11 @@ struct Prepare {
     bf16: u32,
 }
 
-/// What a kernel needs beside its tables: shared memory of each warp besides its window, shared memory of a block, and the
-/// warps that its registers allow.
+/// What a kernel needs beside its tables: shared memory of each warp, shared memory of a block, and the warps that its
+/// registers allow.
 #[derive(Clone, Copy)]
 struct Needs {
-    tile_bytes: u32,
+    warp_bytes: u32,
     block_bytes: u32,
     warps: u32,
 }
@@ -151,6 +156,7 @@ struct Cut {
 pub(super) struct EncodedKernels {
     /// By format: the encoder's codecs, then any.
     instances: Vec<Arc<Instance>>,
+    plain: Arc<Instance>,
     /// Operands of several tokens, for `int8` and for floats.
     prepare_int8: CudaFunction,
     prepare_float: CudaFunction,
@@ -172,8 +178,8 @@ impl OperandBuffer {
     }
 }
 
-/// A matrix, encoded, in a GPU's memory.
-pub(super) struct EncodedMatrix {
+/// A matrix in a GPU's memory.
+pub(super) struct DeviceMatrix {
     format: Format,
     description: Description,
     bytes: u64,
@@ -184,13 +190,20 @@ pub(super) struct EncodedMatrix {
     _storage: Option<(CudaSlice<u8>, CudaSlice<u8>)>,
 }
 
-/// The kernels for one format, and for the encoder's codecs or for any.
+/// The kernels for plain matrices, or for one format, and for the encoder's codecs or for any.
 struct Instance {
+    /// For one token.
+    product: CudaFunction,
+    encoded: Option<EncodedInstance>,
+}
+
+/// What plain matrices do not have.
+struct EncodedInstance {
     decode_codes: CudaFunction,
     decode_values: CudaFunction,
     gather_rows: CudaFunction,
-    /// For 1, 8 and 16 tokens.
-    product: [CudaFunction; 3],
+    /// For 8 and 16 tokens.
+    products: [CudaFunction; 2],
 }
 
 /// What products read.
@@ -208,11 +221,13 @@ pub(super) struct Activations<'a> {
 
 /// One of the products that share an input.
 pub(super) struct Product<'a> {
-    pub matrix: &'a EncodedMatrix,
+    pub matrix: &'a DeviceMatrix,
     /// `[n_rows]`
     pub bias: Option<&'a CudaSlice<f32>>,
-    /// `[n_tokens, n_rows]`
+    /// `[first + n_tokens, n_rows]`
     pub out: &'a mut CudaSlice<f32>,
+    /// Tokens before the first that counts.
+    pub first: usize,
     /// Whether the product is added to what `out` holds.
     pub adds: bool,
 }
@@ -236,7 +251,7 @@ struct Input {
 }
 
 /// A product as its launch sees it: where bias and output lie, and whether it is added.
-type Job<'a> = (&'a EncodedMatrix, u64, u64, bool);
+type Job<'a> = (&'a DeviceMatrix, u64, u64, bool);
 
 impl EncodedKernels {
     /// Loads the kernels.
@@ -244,28 +259,35 @@ impl EncodedKernels {
         let module = device.load(&code::ENCODED)?;
         let prepare = |name| device.kernel(&module, name, 0);
         let mut instances = Vec::new();
-        let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        let shared_limit = device.stream().context().attribute(limit).map_err(failed("asking for shared memory"))?;
-        let shared_limit = shared_limit as u32 - DECLARED_BYTES;
+        let shared_limit = device.shared_bytes() - DECLARED_BYTES;
+        let kernel = |verb: &str, what: &str| device.kernel(&module, &format!("{verb}_{what}"), shared_limit);
         for format in FORMATS {
-            for which in ["", "_any"] {
-                let kernel = |verb: &str| device.kernel(&module, &format!("{verb}_{format}{which}"), shared_limit);
-                instances.push(Arc::new(Instance {
-                    decode_codes: kernel("decode_codes")?,
-                    decode_values: kernel("decode_values")?,
-                    gather_rows: kernel("gather_rows")?,
-                    product: [kernel("product_1")?, kernel("product_8")?, kernel("product_16")?],
-                }));
+            for what in [format.to_string(), format!("{format}_any")] {
+                let encoded = EncodedInstance {
+                    decode_codes: kernel("decode_codes", &what)?,
+                    decode_values: kernel("decode_values", &what)?,
+                    gather_rows: kernel("gather_rows", &what)?,
+                    products: [kernel("product_8", &what)?, kernel("product_16", &what)?],
+                };
+                instances.push(Arc::new(Instance { product: kernel("product_1", &what)?, encoded: Some(encoded) }));
             }
         }
         Ok(Self {
             instances,
+            plain: Arc::new(Instance { product: kernel("product", "plain")?, encoded: None }),
             prepare_int8: prepare("prepare_int8_mma")?,
             prepare_float: prepare("prepare_float_mma")?,
             shared_limit,
             n_multiprocessors: device.n_multiprocessors(),
             units: device.zeros(PRODUCT_TOKENS)?,
         })
+    }
+
+    /// Columns that the kernels take of a plain matrix: one token's activations lie in shared memory.
+    pub fn plain_cols(&self) -> usize {
+        let (rows, block_cols) = PLAIN_BLOCK;
+        let others = PLAIN_BYTES + 192 + 8 * rows * (THREAD_BLOCK_ROWS[0] + 1);
+        ((self.shared_limit - others) * 8 / 33 / block_cols * block_cols) as usize
     }
 
     /// Bytes of the memory that products share.
@@ -341,23 +363,23 @@ fn check_layout(tensor: &Layout) -> Result<&Params> {
         ));
     };
     let geometry = tensor.geometry();
-    // Sums are exact up to 2^31 / 2^14 columns.
-    if geometry.n_cols > 1 << 17 || geometry.n_row_blocks() > MAX_ROW_BLOCKS {
-        return Err(Error::unsupported(
-            "encoded tensor",
-            format!(
-                "it has {} rows and {} columns; the GPU's kernels take up to {} and {}",
-                geometry.n_rows,
-                geometry.n_cols,
-                MAX_ROW_BLOCKS * BLOCK_ROWS,
-                1 << 17
-            ),
-        ));
-    }
+    check_shape("encoded tensor", geometry.n_rows, geometry.n_cols)?;
     Ok(params)
 }
 
-impl EncodedMatrix {
+/// Checks that the kernels count so many rows and columns. Sums are exact up to 2^31 / 2^14 columns.
+fn check_shape(what: &'static str, n_rows: usize, n_cols: usize) -> Result<()> {
+    const MAX_ROWS: usize = MAX_ROW_BLOCKS * BLOCK_ROWS;
+    const MAX_COLS: usize = 1 << 17;
+    if n_rows <= MAX_ROWS && n_cols <= MAX_COLS {
+        return Ok(());
+    }
+    let takes =
+        format!("it has {n_rows} rows and {n_cols} columns; the GPU's kernels take up to {MAX_ROWS} and {MAX_COLS}");
+    Err(Error::unsupported(what, takes))
+}
+
+impl DeviceMatrix {
     /// Takes an encoded tensor to the GPU, its bytes as they lie in the archive.
     ///
     /// # Errors
@@ -415,6 +437,35 @@ impl EncodedMatrix {
         Ok(Self { format, description, bytes, kernels, codec, _storage: None })
     }
 
+    /// A plain matrix: BF16, rows and columns padded to multiples of [`PLAIN_ALIGN`] (the columns with zeros), at the address `data`. The memory is the
+    /// caller's.
+    ///
+    /// # Errors
+    /// More rows or columns than the kernels count.
+    pub fn plain(kernels: &EncodedKernels, data: u64, n_rows: usize, n_cols: usize) -> Result<Self> {
+        check_shape("matrix", n_rows, n_cols)?;
+        let description = Description {
+            stream: data,
+            n_rows: n_rows as u32,
+            n_cols: n_cols as u32,
+            block_cols: PLAIN_BLOCK.1,
+            n_col_blocks: (n_cols as u32).div_ceil(PLAIN_BLOCK.1),
+            n_units: n_cols.div_ceil(32) as u32,
+            ..Default::default()
+        };
+        let bytes = 2 * plain_len(n_rows, n_cols) as u64;
+        Ok(Self { format: Format::Bf16, description, bytes, kernels: kernels.plain.clone(), codec: 0, _storage: None })
+    }
+
+    fn is_plain(&self) -> bool {
+        self.kernels.encoded.is_none()
+    }
+
+    fn encoded_kernels(&self) -> Result<&EncodedInstance> {
+        let what = "plain matrices are multiplied with one token alone, and not decoded";
+        self.kernels.encoded.as_ref().ok_or_else(|| Error::Parameter(what.into()))
+    }
+
     /// Rows.
     pub fn n_rows(&self) -> usize {
         self.description.n_rows as usize
@@ -435,12 +486,12 @@ impl EncodedMatrix {
         self.format.is_lossless()
     }
 
-    fn n_row_blocks(&self) -> usize {
-        self.n_rows().div_ceil(BLOCK_ROWS)
+    fn block_rows(&self) -> u32 {
+        if self.is_plain() { PLAIN_BLOCK.0 } else { BLOCK_ROWS as u32 }
     }
 
     fn table_bytes(&self) -> u32 {
-        8 << self.description.table_bits
+        if self.is_plain() { 0 } else { 8 << self.description.table_bits }
     }
 
     /// Whether the kernels can decode a block's parts and keep them: those of one bit, eight a symbol.
@@ -476,14 +527,14 @@ impl EncodedKernels {
     /// The warps of a block, up to `warps`, that the shared memory allows, and how much of that they take: with so many bytes of tables, and so many more
     /// for each warp.
     fn fit(&self, table_bytes: u32, needs: Needs, warps: u32, slots_bytes: u32) -> Result<(u32, u32)> {
-        let (fixed, each) = (table_bytes + needs.block_bytes, RING_BYTES + needs.tile_bytes + slots_bytes);
+        let (fixed, each) = (table_bytes + needs.block_bytes, needs.warp_bytes + slots_bytes);
         let n_warps = (self.shared_limit.saturating_sub(fixed) / each).min(warps);
         match n_warps {
             0 => Err(Error::unsupported(
-                "encoded tensor",
+                "matrix",
                 format!(
                     "its table and input take {fixed} bytes of shared memory and a warp {each}, the GPU has {} a block; \
-                     compress the model with --prefer speed",
+                     where the table is large, compress the model with --prefer speed",
                     self.shared_limit
                 ),
             )),
@@ -493,28 +544,28 @@ impl EncodedKernels {
 
     /// Decodes matrices to BF16 values, row-major, each into its buffer of at least `n_rows · n_cols`: a launch for every
     /// eight that share kernels.
-    pub fn decode(&self, device: &Device, jobs: &mut [(&EncodedMatrix, &mut CudaSlice<half::bf16>)]) -> Result<()> {
+    pub fn decode(&self, device: &Device, jobs: &mut [(&DeviceMatrix, &mut CudaSlice<half::bf16>)]) -> Result<()> {
         let stream = device.stream();
         let jobs: Vec<_> = jobs.iter_mut().map(|(m, out)| (*m, out.len(), out.device_ptr_mut(stream).0)).collect();
-        self.decode_to(device, &jobs, |instance| &instance.decode_values)
+        self.decode_to(device, &jobs, |kernels| &kernels.decode_values)
     }
 
     /// Decodes matrices to their codes, row-major, into buffers of at least as many bytes as those have.
-    pub fn decode_codes(&self, device: &Device, jobs: &mut [(&EncodedMatrix, &mut CudaSlice<u8>)]) -> Result<()> {
+    pub fn decode_codes(&self, device: &Device, jobs: &mut [(&DeviceMatrix, &mut CudaSlice<u8>)]) -> Result<()> {
         let stream = device.stream();
         let jobs: Vec<_> = jobs
             .iter_mut()
             .map(|(m, out)| (*m, out.len() * 8 / m.format.code_bits() as usize, out.device_ptr_mut(stream).0))
             .collect();
-        self.decode_to(device, &jobs, |instance| &instance.decode_codes)
+        self.decode_to(device, &jobs, |kernels| &kernels.decode_codes)
     }
 
     /// `jobs`: matrices, with the elements that their outputs have room for, and where those lie.
     fn decode_to(
         &self,
         device: &Device,
-        jobs: &[(&EncodedMatrix, usize, u64)],
-        kernel: impl Fn(&Instance) -> &CudaFunction,
+        jobs: &[(&DeviceMatrix, usize, u64)],
+        kernel: impl Fn(&EncodedInstance) -> &CudaFunction,
     ) -> Result<()> {
         for (m, len, _) in jobs {
             check_len("decoded values", *len, m.n_rows() * m.n_cols())?;
@@ -525,7 +576,7 @@ impl EncodedKernels {
                 *task = Task { matrix: m.description, out: *out, codec: m.codec, ..Default::default() };
             }
             // SAFETY: the buffers were checked.
-            unsafe { self.launch_decode(device, kernel(&jobs[0].0.kernels), launch)? };
+            unsafe { self.launch_decode(device, kernel(jobs[0].0.encoded_kernels()?), launch)? };
         }
         Ok(())
     }
@@ -535,7 +586,7 @@ impl EncodedKernels {
     pub fn gather_rows(
         &self,
         device: &Device,
-        matrix: &EncodedMatrix,
+        matrix: &DeviceMatrix,
         tokens: &CudaSlice<u32>,
         n_tokens: usize,
         out: &mut CudaSlice<f32>,
@@ -552,7 +603,7 @@ impl EncodedKernels {
     unsafe fn gather_at(
         &self,
         device: &Device,
-        matrix: &EncodedMatrix,
+        matrix: &DeviceMatrix,
         tokens: u64,
         n_tokens: usize,
         out: u64,
@@ -563,13 +614,14 @@ impl EncodedKernels {
         let blocks = (matrix.description.n_col_blocks, n_tokens, 1);
         let grid = Grid { blocks, threads: 32, shared_bytes: table_bytes + RING_BYTES };
         // SAFETY: as in `launch`; the buffers are the caller's promise.
-        unsafe { device.launch(&matrix.kernels.gather_rows, grid, &launch) }
+        unsafe { device.launch(&matrix.encoded_kernels()?.gather_rows, grid, &launch) }
     }
 
     /// `out[t] = matrix · x[t] + bias` for each of the products, or that added to `out`.
     ///
     /// `int8`: exactly the sums of [`codecllm_codec::EncodedTensor::product`], where there is no norm. `bf16` and `fp8`:
-    /// within 2^-16 · Σ |w · x| of the exact sum, where a patched weight counts as its filler, too; and always the same.
+    /// within 2^-16 · Σ |w · x| of the exact sum, where a patched weight counts as its filler, too; and always the same. For one token a plain matrix and
+    /// its `bf16` encoding make the same product to the bit, but in rows with patches, whose float32 sums differ in their rounding.
     pub fn product(
         &self,
         device: &Device,
@@ -609,7 +661,7 @@ impl EncodedKernels {
 
     fn check_products(&self, operand: &OperandBuffer, x: &Activations<'_>, products: &[Product<'_>]) -> Result<()> {
         let n_cols = products.first().map_or(0, |p| p.matrix.n_cols());
-        if x.n_tokens == 0 || x.n_tokens > PRODUCT_TOKENS || n_cols > operand.max_cols {
+        if x.n_tokens == 0 || x.n_tokens > PRODUCT_TOKENS || x.n_tokens > 1 && n_cols > operand.max_cols {
             return Err(Error::Parameter(format!(
                 "{} tokens of {n_cols} columns: a product takes 1 to {PRODUCT_TOKENS} of up to {}",
                 x.n_tokens, operand.max_cols
@@ -620,7 +672,7 @@ impl EncodedKernels {
         assert!(x.norm.is_none() || x.n_tokens == 1, "norms are part of one token's products alone");
         for p in products {
             check_len("columns", p.matrix.n_cols(), n_cols)?;
-            check_len("products", p.out.len(), x.n_tokens * p.matrix.n_rows())?;
+            check_len("products", p.out.len(), (p.first + x.n_tokens) * p.matrix.n_rows())?;
             check_len("biases", p.bias.map_or(usize::MAX, CudaSlice::len), p.matrix.n_rows())?;
         }
         Ok(())
@@ -661,9 +713,9 @@ impl EncodedKernels {
         let n_cols = jobs[0].0.n_cols();
         let is_int8 = jobs[0].0.format == Format::Int8;
         let (tiles, kernel) = match n_tokens {
-            1 => (0, 0),
-            2..=8 => (1, 1),
-            _ => (2, 2),
+            1 => (0, &jobs[0].0.kernels.product),
+            2..=8 => (1, &jobs[0].0.encoded_kernels()?.products[0]),
+            _ => (2, &jobs[0].0.encoded_kernels()?.products[1]),
         };
         let (units, n_tokens, bf16) = (scratch.units, n_tokens as u32, bf16.into());
         let cut = self.cut(jobs, n_tokens, gated)?;
@@ -691,31 +743,41 @@ impl EncodedKernels {
         let blocks = if gated { cut.n_ctas[0] } else { first_cta };
         let grid = Grid { blocks: (blocks, 1, 1), threads: 32 * cut.n_warps, shared_bytes: cut.shared_bytes };
         // SAFETY: the structures are the kernels', the pointers those of validated tensors, the buffers the caller's promise.
-        unsafe { device.launch(&jobs[0].0.kernels.product[kernel], grid, &launch) }
+        unsafe { device.launch(kernel, grid, &launch) }
     }
 
     /// How a launch of products is cut: which thread blocks, with whole row blocks each, of how many warps.
     fn cut(&self, jobs: &[Job<'_>], n_tokens: u32, gated: bool) -> Result<Cut> {
         let matrices = || jobs.iter().map(|job| job.0);
-        let n_blocks = |m: &EncodedMatrix| m.n_row_blocks() as u64 * u64::from(m.description.n_col_blocks);
-        let needs = product_needs(n_tokens as usize, jobs[0].0.format == Format::Int8, jobs[0].0.n_cols());
+        let block_rows = jobs[0].0.block_rows();
+        let n_row_blocks = |m: &DeviceMatrix| m.description.n_rows.div_ceil(block_rows);
+        let n_blocks = |m: &DeviceMatrix| u64::from(n_row_blocks(m)) * u64::from(m.description.n_col_blocks);
+        let needs = product_needs(n_tokens as usize, jobs[0].0);
         let (n_teams, n) = (if gated { 2 } else { 1 }, self.n_multiprocessors);
         let total: u64 = matrices().map(n_blocks).sum();
-        let small = total as f64 <= SMALL * f64::from(needs.warps * n);
+        // Plain matrices have blocks of so few rows that all multiprocessors get as much. Where that is little, few warps leave room for the next kernel's.
+        let plain = jobs[0].0.is_plain();
+        let small = total as f64 <= SMALL * f64::from(needs.warps * n) && !plain;
         let widest = matrices().map(|m| m.description.n_col_blocks).max().unwrap_or(1);
-        let wanted = if small { (n_teams * widest).clamp(PRODUCT_WARPS, needs.warps) } else { needs.warps };
+        let wanted = match (small, plain) {
+            (true, _) => (n_teams * widest).clamp(PRODUCT_WARPS, needs.warps),
+            (_, true) => {
+                (total.div_ceil(n.into()).next_multiple_of(4)).clamp(PRODUCT_WARPS.into(), needs.warps.into()) as u32
+            }
+            _ => needs.warps,
+        };
         let rows = THREAD_BLOCK_ROWS[usize::from(n_tokens > 1)];
         let mut cut = Cut::default();
         for (n_ctas, m) in cut.n_ctas.iter_mut().zip(matrices()) {
-            let n_rows = m.n_row_blocks() as u32;
+            let n_rows = n_row_blocks(m);
             let share = if gated { n } else { (u64::from(n) * n_blocks(m) / total) as u32 };
             *n_ctas = if small { n_rows } else { share.clamp(n_rows.div_ceil(rows), n_rows) };
         }
-        let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| (m.n_row_blocks() as u32).div_ceil(n));
+        let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| n_row_blocks(m).div_ceil(n));
         let deepest = deepest.max().unwrap_or(1);
-        cut.table_bytes = matrices().map(EncodedMatrix::table_bytes).max().unwrap_or(0);
-        // A team of warps has a slot for each of them and each row block.
-        let slot_bytes = SLOT_BYTES * n_tokens;
+        cut.table_bytes = matrices().map(DeviceMatrix::table_bytes).max().unwrap_or(0);
+        // A team of warps has a slot for each of them and each row block: the sums of its rows and the tokens, of 64 bits.
+        let slot_bytes = 8 * block_rows * n_tokens;
         let fixed = n_teams * (cut.table_bytes + deepest * slot_bytes);
         let (n_warps, shared_bytes) = self.fit(fixed, needs, wanted, slot_bytes)?;
         cut.n_warps = n_warps / n_teams * n_teams;
@@ -725,9 +787,14 @@ impl EncodedKernels {
         cut.n_slots = cut.n_warps / n_teams + deepest;
         cut.shared_bytes = shared_bytes;
         cut.single = small && widest * n_teams <= cut.n_warps;
-        cut.early = cut.single && n_tokens == 1 && matrices().all(EncodedMatrix::decodes_early);
+        cut.early = cut.single && n_tokens == 1 && matrices().all(DeviceMatrix::decodes_early);
         Ok(cut)
     }
+}
+
+/// Elements of a plain matrix.
+pub(super) fn plain_len(n_rows: usize, n_cols: usize) -> usize {
+    n_rows.next_multiple_of(PLAIN_ALIGN) * n_cols.next_multiple_of(PLAIN_ALIGN)
 }
 
 /// Bytes of the operand of up to 16 tokens of `n_cols` columns.
@@ -735,28 +802,39 @@ fn operand_bytes(n_cols: usize) -> usize {
     n_cols.next_multiple_of(32) * 4 * PRODUCT_TOKENS
 }
 
-/// What a product of `n_tokens` tokens of `n_cols` columns needs.
-fn product_needs(n_tokens: usize, is_int8: bool, n_cols: usize) -> Needs {
+/// What a product of `n_tokens` tokens with such a matrix needs.
+fn product_needs(n_tokens: usize, matrix: &DeviceMatrix) -> Needs {
+    let (is_int8, many) = (matrix.format == Format::Int8, n_tokens > 1);
+    let tile_bytes = match (many, is_int8) {
+        (false, true) => EARLY_BYTES,
+        (false, false) => PATCH_BYTES,
+        (true, true) => 1024,
+        (true, false) => 2048,
+    };
+    let (warp_bytes, warps, cols) = match matrix.is_plain() {
+        true => (PLAIN_BYTES, 16, PLAIN_BLOCK.1),
+        false => (RING_BYTES + tile_bytes, 32, 32),
+    };
     // One token's activations are brought into shared memory, those for integers as two bytes; with what a sum is worth, and zeros.
-    let block_bytes = n_cols.next_multiple_of(32) as u32 * if is_int8 { 2 } else { 4 } + 192;
-    match (n_tokens, is_int8) {
-        (1, true) => Needs { tile_bytes: EARLY_BYTES, block_bytes, warps: 32 },
-        (1, false) => Needs { tile_bytes: 256, block_bytes, warps: 32 },
-        (_, true) => Needs { tile_bytes: 1024, block_bytes: 0, warps: 16 },
-        (_, false) => Needs { tile_bytes: 2048, block_bytes: 0, warps: 16 },
+    let n_cols = matrix.description.n_cols.next_multiple_of(cols);
+    let block_bytes = n_cols * if is_int8 { 2 } else { 4 } + if matrix.is_plain() { n_cols / 8 } else { 0 } + 192;
+    match many {
+        false => Needs { warp_bytes, block_bytes, warps },
+        true => Needs { warp_bytes, block_bytes: 0, warps: 16 },
     }
 }
 
 fn jobs<'a>(device: &Device, products: &mut [Product<'a>]) -> Vec<Job<'a>> {
     let stream = device.stream();
     let places = |p: &mut Product<'a>| {
-        (p.matrix, p.bias.map_or(0, |b| b.device_ptr(stream).0), p.out.device_ptr_mut(stream).0, p.adds)
+        let first = (4 * p.first * p.matrix.n_rows()) as u64;
+        (p.matrix, p.bias.map_or(0, |b| b.device_ptr(stream).0), p.out.device_ptr_mut(stream).0 + first, p.adds)
     };
     products.iter_mut().map(places).collect()
 }
 
 /// `jobs` in groups for one launch each: up to eight matrices that share kernels.
-fn groups<'a, T: Copy>(jobs: &[T], matrix: impl Fn(&T) -> &'a EncodedMatrix) -> Vec<Vec<T>> {
+fn groups<'a, T: Copy>(jobs: &[T], matrix: impl Fn(&T) -> &'a DeviceMatrix) -> Vec<Vec<T>> {
     let mut groups: Vec<Vec<T>> = Vec::new();
     for job in jobs {
         let fits = |g: &&mut Vec<T>| g.len() < MAX_TASKS && Arc::ptr_eq(&matrix(&g[0]).kernels, &matrix(job).kernels);
@@ -970,8 +1048,8 @@ mod tests {
         let all: Vec<_> = vectors().into_iter().chain(tensors()).chain(many_blocks()).collect();
         // Twelve at once, of any kind.
         for tensors in all.chunks(12) {
-            let made = tensors.iter().map(|(_, t)| EncodedMatrix::upload(&device, &kernels, &mut upload, t).unwrap());
-            let matrices: Vec<EncodedMatrix> = made.collect();
+            let made = tensors.iter().map(|(_, t)| DeviceMatrix::upload(&device, &kernels, &mut upload, t).unwrap());
+            let matrices: Vec<DeviceMatrix> = made.collect();
             let mut codes: Vec<CudaSlice<u8>> = tensors
                 .iter()
                 .map(|(_, t)| stream.clone_htod(&vec![0xa5; t.n_rows() * t.n_cols() * 2]).unwrap())
@@ -1002,7 +1080,7 @@ mod tests {
         let Some((device, kernels, mut upload)) = gpu() else { return };
         let stream = device.stream();
         for (what, t) in vectors().into_iter().chain(tensors()) {
-            let matrix = EncodedMatrix::upload(&device, &kernels, &mut upload, &t).unwrap();
+            let matrix = DeviceMatrix::upload(&device, &kernels, &mut upload, &t).unwrap();
             let (last, n_cols) = (t.n_rows() - 1, t.n_cols());
             let rows = [last as u32, 0, last as u32 / 2, u32::MAX];
             let mut out = stream.clone_htod(&vec![7f32; 4 * n_cols]).unwrap();
@@ -1022,7 +1100,7 @@ mod tests {
         let mut operand = kernels.operand(&device, 4096).unwrap();
         let stream = device.stream();
         for (what, t) in vectors().into_iter().chain(tensors()).chain(many_blocks()) {
-            let matrix = EncodedMatrix::upload(&device, &kernels, &mut upload, &t).unwrap();
+            let matrix = DeviceMatrix::upload(&device, &kernels, &mut upload, &t).unwrap();
             let (n_rows, n_cols) = (t.n_rows(), t.n_cols());
             let bias = random(n_rows, 5);
             let bias_dev = stream.clone_htod(&bias).unwrap();
@@ -1036,8 +1114,8 @@ mod tests {
                     (0..2).map(|_| stream.clone_htod(&vec![f32::NAN; n_tokens * n_rows]).unwrap()).collect();
                 let [plain, biased] = &mut outs[..] else { unreachable!() };
                 let mut products = [
-                    Product { matrix: &matrix, bias: None, out: plain, adds: false },
-                    Product { matrix: &matrix, bias: Some(&bias_dev), out: biased, adds: false },
+                    Product { matrix: &matrix, bias: None, out: plain, adds: false, first: 0 },
+                    Product { matrix: &matrix, bias: Some(&bias_dev), out: biased, adds: false, first: 0 },
                 ];
                 kernels.product(&device, &mut operand, plain_input(&x_dev, n_tokens), &mut products).unwrap();
                 let found: Vec<Vec<f32>> = outs.iter().map(|o| stream.clone_dtoh(o).unwrap()).collect();
@@ -1075,6 +1153,67 @@ mod tests {
     }
 
     #[test]
+    fn plain_and_encoded_bf16_make_the_same_products() {
+        let Some((device, kernels, mut upload)) = gpu() else { return };
+        let mut operand = kernels.operand(&device, 4096).unwrap();
+        let stream = device.stream();
+        // With few parts and many, so with patches everywhere and without.
+        let params = |parts_per_symbol, table_bits, raw_bits, part_bits, bias| {
+            Some(Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols: 256, bias })
+        };
+        let all_params =
+            [params(4, 12, 9, 3, 116 << 7), params(4, 10, 10, 2, 0x7a << 7), params(2, 13, 7, 5, 116 << 7), None];
+        let (mut n_same, mut n_close) = (0, 0);
+        for (n_rows, n_cols) in [(1, 1), (33, 31), (75, 1000), (2080, 4096), (5760, 1024), (4256, 2048)] {
+            for params in all_params {
+                let source = tensor(n_rows, n_cols, n_rows as u64);
+                let options = EncodeOptions { format: Format::Bf16, params, ..Default::default() };
+                let t = parse(encode_tensor(&source, &options).unwrap());
+                let encoded = DeviceMatrix::upload(&device, &kernels, &mut upload, &t).unwrap();
+                let stride = n_cols.next_multiple_of(PLAIN_ALIGN);
+                let mut padded = vec![0; plain_len(n_rows, n_cols)];
+                for (to, from) in padded.chunks_mut(stride).zip(source.data.chunks(2 * n_cols)) {
+                    to.iter_mut().zip(from.as_chunks().0).for_each(|(to, from)| *to = u16::from_le_bytes(*from));
+                }
+                let data = stream.clone_htod(&padded).unwrap();
+                let plain = DeviceMatrix::plain(&kernels, data.device_ptr(stream).0, n_rows, n_cols).unwrap();
+                let norm = stream.clone_htod(&random(n_cols, 8)).unwrap();
+                let bias = stream.clone_htod(&random(n_rows, 5)).unwrap();
+                for norm in [None, Some((&norm, 1e-5))] {
+                    let x = stream.clone_htod(&random(2 * n_cols, 7)).unwrap();
+                    let input = Activations { data: &x, first: 1, n_tokens: 1, norm };
+                    let found = [&plain, &encoded].map(|matrix| {
+                        let new = || stream.clone_htod(&vec![f32::NAN; n_rows]).unwrap();
+                        let (mut sums, mut gated, mut unused) = (new(), new(), new());
+                        let product = |out, bias| Product { matrix, bias, out, first: 0, adds: false };
+                        kernels.product(&device, &mut operand, input, &mut [product(&mut sums, Some(&bias))]).unwrap();
+                        let pair = &mut [product(&mut gated, Some(&bias)), product(&mut unused, None)];
+                        assert!(kernels.gated_product(&device, &mut operand, input, pair).unwrap());
+                        [sums, gated].map(|out| stream.clone_dtoh(&out).unwrap())
+                    });
+                    let what = format!("{n_rows} × {n_cols}, norm {}, {params:?}", norm.is_some());
+                    let [[plain_sums, plain_gated], [sums, gated]] = found;
+                    // To the bit, but for the rows with patches: those are added after the sums of their groups.
+                    let n_patches = t.sections().patches.len() / 4;
+                    for (found, expected) in [(&sums, &plain_sums), (&gated, &plain_gated)] {
+                        if n_patches == 0 {
+                            assert_same(&what, n_rows, found, expected);
+                        }
+                        let pairs = || found.iter().zip(expected);
+                        let n_different = pairs().filter(|(a, b)| a != b).count();
+                        assert!(n_different <= n_patches, "{what}: {n_different} rows differ; {n_patches} patches");
+                        let most = pairs().map(|(a, b)| (a - b).abs() / (1.0 + b.abs())).fold(0.0, f32::max);
+                        assert!(most < 1e-5, "{what}: a row differs by {most}");
+                    }
+                    n_same += usize::from(n_patches == 0);
+                    n_close += usize::from(n_patches > 0);
+                }
+            }
+        }
+        assert!(n_same > 3 && n_close > 3, "{n_same} without patches, {n_close} with");
+    }
+
+    #[test]
     fn matrices_of_different_heights_share_a_launch() {
         let Some((device, kernels, mut upload)) = gpu() else { return };
         let stream = device.stream();
@@ -1085,12 +1224,12 @@ mod tests {
             let options = EncodeOptions { format: Format::Int8, params: Some(params), ..Default::default() };
             parse(encode_tensor(&tensor(n_rows, 1024, n_rows as u64), &options).unwrap())
         };
-        let matrices = heights.map(|n| EncodedMatrix::upload(&device, &kernels, &mut upload, &encode(n)).unwrap());
+        let matrices = heights.map(|n| DeviceMatrix::upload(&device, &kernels, &mut upload, &encode(n)).unwrap());
         for n_tokens in [1, 5, 16] {
             let x = stream.clone_htod(&random(n_tokens * 1024, 3)).unwrap();
             let mut outs = heights.map(|n| stream.alloc_zeros::<f32>(n_tokens * n).unwrap());
             let mut alone = heights.map(|n| stream.alloc_zeros::<f32>(n_tokens * n).unwrap());
-            let product = |(matrix, out)| Product { matrix, bias: None, out, adds: false };
+            let product = |(matrix, out)| Product { matrix, bias: None, out, adds: false, first: 0 };
             let mut together: Vec<_> = matrices.iter().zip(&mut outs).map(product).collect();
             kernels.product(&device, &mut operand, plain_input(&x, n_tokens), &mut together).unwrap();
             for pair in matrices.iter().zip(&mut alone) {
@@ -1116,7 +1255,7 @@ mod tests {
         for (what, t) in tensors().into_iter().chain(many_blocks()) {
             // Its partner has the same shape and kernels, and other parameters where the encoder chooses them.
             let partner = tensor_like(&t);
-            let matrices = [&t, &partner].map(|t| EncodedMatrix::upload(&device, &kernels, &mut upload, t).unwrap());
+            let matrices = [&t, &partner].map(|t| DeviceMatrix::upload(&device, &kernels, &mut upload, t).unwrap());
             let (n_rows, n_cols) = (t.n_rows(), t.n_cols());
             let values = [&t, &partner].map(|t| {
                 let codes = t.decode_codes(Cpu::Scalar).unwrap();
@@ -1145,14 +1284,15 @@ mod tests {
                 };
                 let before = random(n_tokens * n_rows, 13);
                 let mut sums = stream.clone_htod(&before).unwrap();
-                let products = &mut [Product { matrix: &matrices[0], bias: None, out: &mut sums, adds: true }];
+                let products =
+                    &mut [Product { matrix: &matrices[0], bias: None, out: &mut sums, adds: true, first: 0 }];
                 kernels.product(&device, &mut operand, input, products).unwrap();
                 let sums = stream.clone_dtoh(&sums).unwrap();
                 let [mut gated, mut unused] =
                     [(); 2].map(|()| stream.clone_htod(&vec![f32::NAN; n_tokens * n_rows]).unwrap());
                 let pair = &mut [
-                    Product { matrix: &matrices[0], bias: None, out: &mut gated, adds: false },
-                    Product { matrix: &matrices[1], bias: None, out: &mut unused, adds: false },
+                    Product { matrix: &matrices[0], bias: None, out: &mut gated, adds: false, first: 0 },
+                    Product { matrix: &matrices[1], bias: None, out: &mut unused, adds: false, first: 0 },
                 ];
                 let together = kernels.gated_product(&device, &mut operand, input, pair).unwrap();
                 let fit = matrices.iter().all(|m| m.table_bytes() <= 8 << 13);
@@ -1182,12 +1322,35 @@ mod tests {
         parse(encode_tensor(&source, &options).unwrap())
     }
 
+    /// Apart from the next, for the sanitizer takes its time.
     #[test]
-    fn a_corrupt_payload_stays_in_bounds() {
+    fn a_corrupt_vector_stays_in_bounds() {
+        corrupt(vectors());
+        // The same for what no vector has.
+        let Some((device, kernels, _)) = gpu() else { return };
+        let (n_rows, n_cols) = (75, 1000);
+        let stream = device.stream();
+        let data = stream.alloc_zeros::<bf16>(plain_len(n_rows, n_cols)).unwrap();
+        let matrix = DeviceMatrix::plain(&kernels, data.device_ptr(stream).0, n_rows, n_cols).unwrap();
+        let x = stream.clone_htod(&random(n_cols, 1)).unwrap();
+        let mut out = stream.alloc_zeros(n_rows).unwrap();
+        let mut products = [Product { matrix: &matrix, bias: None, out: &mut out, first: 0, adds: false }];
+        let operand = &mut kernels.operand(&device, 0).unwrap();
+        kernels.product(&device, operand, plain_input(&x, 1), &mut products).unwrap();
+        assert_eq!(stream.clone_dtoh(&out).unwrap(), [0.0; 75]);
+    }
+
+    #[test]
+    fn a_corrupt_tensor_stays_in_bounds() {
+        corrupt(tensors());
+    }
+
+    /// Decodes and multiplies tensors whose payload is noise.
+    fn corrupt(tensors: Vec<(String, EncodedTensor)>) {
         let Some((device, kernels, mut upload)) = gpu() else { return };
         let stream = device.stream();
         let mut operand = kernels.operand(&device, 4096).unwrap();
-        for (what, t) in vectors().into_iter().chain(tensors()) {
+        for (what, t) in tensors {
             let mut bytes = t.bytes().to_vec();
             let noise = random(bytes.len(), 9);
             for at in t.sections().raw.start..t.sections().stream.end {
@@ -1196,13 +1359,13 @@ mod tests {
             // Between sections there are zeros.
             bytes[t.sections().raw.end..t.sections().stream.start].fill(0);
             let t = EncodedTensor::parse(bytes.into(), Checks::None).unwrap_or_else(|e| panic!("{what}: {e}"));
-            let matrix = EncodedMatrix::upload(&device, &kernels, &mut upload, &t).unwrap();
+            let matrix = DeviceMatrix::upload(&device, &kernels, &mut upload, &t).unwrap();
             let mut values = stream.alloc_zeros(t.n_rows() * t.n_cols()).unwrap();
             kernels.decode(&device, &mut [(&matrix, &mut values)]).unwrap();
             for n_tokens in [1, 3, 16] {
                 let x = stream.clone_htod(&random(n_tokens * t.n_cols(), 1)).unwrap();
                 let mut out = stream.alloc_zeros(n_tokens * t.n_rows()).unwrap();
-                let mut products = [Product { matrix: &matrix, bias: None, out: &mut out, adds: false }];
+                let mut products = [Product { matrix: &matrix, bias: None, out: &mut out, adds: false, first: 0 }];
                 kernels.product(&device, &mut operand, plain_input(&x, n_tokens), &mut products).unwrap();
             }
             device.synchronize().unwrap();

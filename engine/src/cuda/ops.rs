@@ -6,16 +6,6 @@ use crate::error::Result;
 use cudarc::driver::CudaFunction;
 use cudarc::driver::sys::CUdeviceptr;
 
-/// Matrices that one launch of [`Matvec`] takes.
-pub(super) const MAX_PRODUCTS: usize = 3;
-/// Threads of a block of [`Matvec`].
-pub(super) const MATVEC_THREADS: u32 = 512;
-/// Bytes of shared memory in which a block of [`Matvec`] has weights, where a block may have `limit`.
-pub(super) fn ring_bytes(limit: u32) -> u32 {
-    let depth = if limit < 128 << 10 { 4 } else { 8 };
-    depth * 16 * MATVEC_THREADS
-}
-
 /// Threads of a block of [`Attend`].
 pub(super) const ATTEND_THREADS: u32 = 128;
 /// Threads of a block of [`AttendOne`], their warps, and positions that a block takes at a time.
@@ -61,28 +51,6 @@ pub(super) struct Normalize {
     pub weight: CUdeviceptr,
     pub out: CUdeviceptr,
     pub narrow: CUdeviceptr,
-    pub rest: CUdeviceptr,
-    pub eps: f32,
-    pub n_cols: u32,
-    pub stride: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub(super) struct Rows {
-    pub weights: CUdeviceptr,
-    pub bias: CUdeviceptr,
-    pub out: CUdeviceptr,
-    pub n_rows: u32,
-    pub adds: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(super) struct Matvec {
-    pub x: CUdeviceptr,
-    pub norm: CUdeviceptr,
-    pub products: [Rows; MAX_PRODUCTS],
     pub eps: f32,
     pub n_cols: u32,
     pub stride: u32,
@@ -166,8 +134,6 @@ pub(super) struct Kernels {
     pub begin_step: CudaFunction,
     pub embed_dense: CudaFunction,
     pub normalize: CudaFunction,
-    pub matvec_dense: CudaFunction,
-    pub matvec_gated: CudaFunction,
     pub add_bias: CudaFunction,
     pub silu_mul: CudaFunction,
     pub place_heads: CudaFunction,
@@ -184,13 +150,10 @@ impl Kernels {
         let module = device.load(&code::MODEL)?;
         let kernel = |name| device.kernel(&module, name, 0);
         let one = |dim: usize| device.kernel(&module, &format!("attend_one_{dim}"), one_bytes(dim));
-        let matvec = |name| device.kernel(&module, name, device.shared_bytes());
         Ok(Self {
             begin_step: kernel("begin_step")?,
             embed_dense: kernel("embed_dense")?,
             normalize: kernel("normalize")?,
-            matvec_dense: matvec("matvec_dense")?,
-            matvec_gated: matvec("matvec_gated")?,
             add_bias: kernel("add_bias")?,
             silu_mul: kernel("silu_mul")?,
             place_heads: kernel("place_heads")?,

@@ -4,7 +4,7 @@
 //! may be part of that library's graphs, and its allocator knows of every byte.
 
 use super::{
-    Device, EncodedKernels, EncodedMatrix, Error, Input, Job, Launch, Layout, PRODUCT_TOKENS, Result, Scratch, Task,
+    Device, DeviceMatrix, EncodedKernels, Error, Input, Job, Launch, Layout, PRODUCT_TOKENS, Result, Scratch, Task,
     check_layout, groups, operand_bytes, table_entries,
 };
 
@@ -64,11 +64,11 @@ impl External {
         Ok(table_entries(layout, check_layout(layout)?))
     }
 
-    fn matrix(&self, matrix: &ExternalMatrix<'_>) -> Result<EncodedMatrix> {
-        EncodedMatrix::describe(&self.kernels, matrix.layout, matrix.data, matrix.table)
+    fn matrix(&self, matrix: &ExternalMatrix<'_>) -> Result<DeviceMatrix> {
+        DeviceMatrix::describe(&self.kernels, matrix.layout, matrix.data, matrix.table)
     }
 
-    fn matrices(&self, matrices: &[ExternalMatrix<'_>]) -> Result<Vec<EncodedMatrix>> {
+    fn matrices(&self, matrices: &[ExternalMatrix<'_>]) -> Result<Vec<DeviceMatrix>> {
         let matrices: Vec<_> = matrices.iter().map(|m| self.matrix(m)).collect::<Result<_>>()?;
         if matrices.windows(2).any(|pair| pair[0].n_cols() != pair[1].n_cols()) {
             return Err(Error::Parameter("matrices that share an input have as many columns".into()));
@@ -130,7 +130,7 @@ impl External {
         // SAFETY: the caller's promises.
         unsafe {
             let device = self.device.on_stream(stream as *mut _);
-            self.kernels.launch_decode(&device, &matrix.kernels.decode_values, launch)
+            self.kernels.launch_decode(&device, &matrix.encoded_kernels()?.decode_values, launch)
         }
     }
 
