@@ -747,9 +747,8 @@ struct MmaSink {
 // A warp's way through consecutive blocks of a plain matrix: bf16, with rows up to a multiple of eight and columns up to one, at `Matrix::stream`. A block is
 // eight rows of four groups of GROUP columns; a unit has 32 columns of each group. They lie in shared memory as the rows of a tile, the groups of a row side
 // by side, and STAGES of them are there or on their way. Columns that the matrix does not have are zeros.
-template <u32 GROUP, u32 STAGES>
 struct PlainReader {
-    static constexpr u32 UNIT_BYTES = 2048, BYTES = STAGES * UNIT_BYTES;
+    static constexpr u32 STAGES = 4, UNIT_BYTES = 2048, BYTES = STAGES * UNIT_BYTES;
     // What is asked for next: of four rows of the tile, two of the matrix apart, the lane's 16 bytes.
     const u8* from;
     u32 octet, octets, two_rows;    // the place of these in their row, what a row has, and the bytes of two
@@ -933,12 +932,11 @@ __device__ __forceinline__ float add_up(const Launch& launch, const Task& task, 
 }
 
 // Products: a thread block has whole row blocks, of which its warps take shares that are as even as can be, and adds up what they leave. `with` is
-// with_codec or its like; PLAIN: the matrices are not encoded. Shared memory: the table (two with `gated`, where half of the warps are each product's), the
+// with_codec or its like; PLAIN: the matrices are not encoded, and `with` is nothing. Shared memory: the table (two with `gated`, where half of the warps are each product's), the
 // warps' rings and tiles, slots of sums, and what the sink keeps.
 template <int FORMAT, class Sink, bool PLAIN = false, class With>
 __device__ __forceinline__ void multiply(const Launch& launch, With with) {
-    using Plain = PlainReader<GROUP, 4>;
-    constexpr u32 ROWS = Sink::ROWS, WINDOW = PLAIN ? Plain::BYTES : RING_BYTES + Sink::TILE_BYTES;
+    constexpr u32 ROWS = Sink::ROWS, WINDOW = PLAIN ? PlainReader::BYTES : RING_BYTES + Sink::TILE_BYTES;
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
     const u32 team_warps = launch.gated ? n_warps / 2 : n_warps, team = warp / team_warps, n_teams = launch.gated ? 2 : 1;
     const Task& task = launch.gated ? launch.tasks[team] : find_task(launch);
@@ -971,7 +969,7 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
         slot = place_of_warp(team_warp, team_warps) + share.i - cuts[team].first_row;
     }
     const u32 i = share.i, j = share.j, n_blocks = share.n_blocks, n_units = share.n_units, block = i * m.n_col_blocks + j;
-    typename std::conditional<PLAIN, Plain, Reader>::type reader;
+    typename std::conditional<PLAIN, PlainReader, Reader>::type reader;
     Stream stream;
     if constexpr (PLAIN) {
         if (n_blocks) reader.open(m, i, j, n_blocks, ring);
