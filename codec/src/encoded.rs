@@ -58,8 +58,8 @@ impl Prefer {
             (Self::Balanced, 2) => 0.08 + 0.002 * table,
             (Self::Balanced, _) => 0.002 * table,
             (Self::Speed, 1) => 1.0,
-            (Self::Speed, 2) => 0.45 + 0.01 * table,
-            // What GPU kernels are made for, where the codes are integers: eight parts of one bit, or four.
+            // What GPU kernels are made for, where the codes are integers: eight parts of one bit, or four, or two without raw bits.
+            (Self::Speed, 2) if !format.is_integer() || params.raw_bits == 0 => 0.45 + 0.01 * table,
             (Self::Speed, 8) if format.is_integer() && (3..=7).contains(&params.raw_bits) => 0.01 * table,
             (Self::Speed, 4) if format.is_integer() && params.raw_bits <= 6 => 0.30 + 0.01 * table,
             (Self::Speed, 4) if !format.is_integer() => 0.16 + 0.01 * table,

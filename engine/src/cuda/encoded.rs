@@ -29,8 +29,6 @@ const EARLY_COLS: u32 = 512;
 /// fit on a multiprocessor, those of the next kernel beside the last of this one. They decode early, which takes half as many instructions more, and
 /// costs nothing while other kernels leave the multiprocessor idle.
 const SMALL: f64 = 0.75;
-/// Bytes of a warp's list of patches where they are put into their places one by one (`PatchQueue` in encoded.cu).
-const PATCH_BYTES: u32 = 272;
 /// Bytes of a warp's window on its stream.
 const RING_BYTES: u32 = 2560;
 /// What a decode to rows needs: tiles where warps collect them.
@@ -807,7 +805,7 @@ fn product_needs(n_tokens: usize, matrix: &DeviceMatrix) -> Needs {
     let (is_int8, many) = (matrix.format == Format::Int8, n_tokens > 1);
     let tile_bytes = match (many, is_int8) {
         (false, true) => EARLY_BYTES,
-        (false, false) => PATCH_BYTES,
+        (false, false) => 256,
         (true, true) => 1024,
         (true, false) => 2048,
     };
