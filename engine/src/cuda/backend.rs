@@ -283,10 +283,13 @@ impl CudaBackend {
                     self.fused(&x, &mut scratch, &mut [(&decoded, product)], 1)?;
                 }
                 (Some(blas), storage) => {
-                    if !std::mem::replace(&mut is_narrow, true) {
+                    if !is_narrow {
                         self.normalize(&x, None)?;
+                        is_narrow = true;
                     }
-                    let (weights, stride) = self.dense(storage, &mut self.scratch().decoded)?;
+                    // Held until the product is issued: it reads what is decoded here.
+                    let mut scratch = self.scratch();
+                    let (weights, stride) = self.dense(storage, &mut scratch.decoded)?;
                     self.many(blas, &x, weights, stride, product)?;
                 }
             }
@@ -577,19 +580,11 @@ impl Backend for CudaBackend {
         // SAFETY: both sides have room for the position and the batch's tokens.
         unsafe { self.device.launch(&self.kernels.begin_step, grid, &params)? };
 
-        let mut scratch;
-        let (table, stride) = match &table.0 {
-            Storage::Dense(table) => (address(&table.data), table.matrix.n_cols().next_multiple_of(PLAIN_ALIGN)),
-            Storage::Zstd(table) => {
-                scratch = self.scratch();
-                let stride = self.decode_zstd(table, &mut scratch.decoded)?;
-                (address(&scratch.decoded), stride)
-            }
-            Storage::Encoded(table) => {
-                let n_tokens = batch.n_tokens;
-                return self.encoded.gather_rows(&self.device, table, &batch.tokens, n_tokens, &mut out.data);
-            }
-        };
+        if let Storage::Encoded(table) = &table.0 {
+            return self.encoded.gather_rows(&self.device, table, &batch.tokens, batch.n_tokens, &mut out.data);
+        }
+        let mut scratch = self.scratch();
+        let (table, stride) = self.dense(&table.0, &mut scratch.decoded)?;
         let params = ops::EmbedDense {
             tokens,
             table,
@@ -779,11 +774,7 @@ impl DeviceMemory for CudaBackend {
         assert!(self.decoded_form(matrix).is_some(), "a matrix without a decoded form is not decoded");
         let (n_rows, n_cols) = (matrix.n_rows(), matrix.n_cols());
         let mut data = self.device.zeros::<bf16>(plain_len(n_rows, n_cols))?;
-        match &matrix.0 {
-            Storage::Dense(_) => return Ok(()),
-            Storage::Encoded(encoded) => self.decode(encoded, &mut data)?,
-            Storage::Zstd(zstd) => self.decode_zstd(zstd, &mut data).map(|_| ())?,
-        }
+        self.dense(&matrix.0, &mut data)?;
         // The encoded form's memory is given back in the stream's order, so after the decoder.
         let plain = DeviceMatrix::plain(&self.encoded, address(&data), n_rows, n_cols)?;
         matrix.0 = Storage::Dense(Box::new(Dense { matrix: plain, data }));

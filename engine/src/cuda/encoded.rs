@@ -1331,7 +1331,7 @@ mod tests {
         let data = stream.alloc_zeros::<bf16>(plain_len(n_rows, n_cols)).unwrap();
         let matrix = DeviceMatrix::plain(&kernels, data.device_ptr(stream).0, n_rows, n_cols).unwrap();
         let x = stream.clone_htod(&random(n_cols, 1)).unwrap();
-        let mut out = stream.alloc_zeros(n_rows).unwrap();
+        let mut out = stream.clone_htod(&vec![f32::NAN; n_rows]).unwrap();
         let mut products = [Product { matrix: &matrix, bias: None, out: &mut out, first: 0, adds: false }];
         let operand = &mut kernels.operand(&device, 0).unwrap();
         kernels.product(&device, operand, plain_input(&x, 1), &mut products).unwrap();
