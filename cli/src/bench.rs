@@ -158,7 +158,7 @@ fn parse_params(text: &str) -> std::result::Result<Params, String> {
     else {
         return Err(format!("expected numbers that are not negative; found `{text}`"));
     };
-    Ok(Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols, bias })
+    Ok(Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols, bias, trellis: false })
 }
 
 fn parse_shape(text: &str) -> std::result::Result<(usize, usize), String> {
@@ -988,8 +988,15 @@ mod tests {
 
     #[test]
     fn the_coders_parameters_are_parsed_or_explained() {
-        let params =
-            Params { parts_per_symbol: 4, table_bits: 12, raw_bits: 9, part_bits: 3, block_cols: 512, bias: 0 };
+        let params = Params {
+            parts_per_symbol: 4,
+            table_bits: 12,
+            raw_bits: 9,
+            part_bits: 3,
+            block_cols: 512,
+            bias: 0,
+            trellis: false,
+        };
         assert_eq!(parse_params("4,12,9,3,512"), Ok(params));
         assert_eq!(parse_params("4,12,9,3,512,13824"), Ok(Params { bias: 13824, ..params }));
         for bad in ["", "4,12,9,3", "4,12,9,3,512,0,0", "4,12,9,3,x", "-4,12,9,3,512"] {

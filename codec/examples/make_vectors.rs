@@ -88,15 +88,41 @@ fn main() {
         (Format::Bf16, 4, 12, 9, 3, 108 << 7),
         (Format::Bf16, 1, 13, 15, 1, 0),
     ] {
-        let params = Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols: 64, bias };
+        let params = Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols: 64, bias, trellis: false };
         let name = format!("{format}-g{parts_per_symbol}-t{table_bits}-k{raw_bits}.bin");
         let bytes = encode_tensor(&odd, &EncodeOptions { format, params: Some(params), ..Default::default() })
             .expect("encodes");
         good.push(golden(dir, &name, bytes));
     }
 
+    for prefer in [Prefer::Balanced, Prefer::Speed] {
+        let name = if prefer == Prefer::Speed { "rate-trellis-speed.bin" } else { "rate-trellis.bin" };
+        let options =
+            EncodeOptions { format: Format::Rate, prefer, step: Some(0.005), trellis: true, ..Default::default() };
+        good.push(golden(dir, name, encode_tensor(&odd, &options).expect("encodes")));
+    }
+    for (parts_per_symbol, table_bits, raw_bits, part_bits) in
+        [(1, 8, 1, 6), (2, 9, 2, 4), (4, 9, 3, 2), (4, 10, 1, 3), (8, 9, 4, 1)]
+    {
+        // Narrow: so that many weights are patched.
+        let params =
+            Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols: 64, bias: 0, trellis: true };
+        let options =
+            EncodeOptions { format: Format::Rate, step: Some(0.003), params: Some(params), ..Default::default() };
+        let name = format!("rate-trellis-g{parts_per_symbol}-t{table_bits}-k{raw_bits}.bin");
+        good.push(golden(dir, &name, encode_tensor(&odd, &options).expect("encodes")));
+    }
+
     // Damage to one small tensor with several blocks and patches, its checksums put right unless they are the point.
-    let params = Params { parts_per_symbol: 4, table_bits: 8, raw_bits: 4, part_bits: 2, block_cols: 32, bias: 0 };
+    let params = Params {
+        parts_per_symbol: 4,
+        table_bits: 8,
+        raw_bits: 4,
+        part_bits: 2,
+        block_cols: 32,
+        bias: 0,
+        trellis: false,
+    };
     let base = encode_tensor(
         &matrix(40, 70),
         &EncodeOptions { format: Format::Int8, params: Some(params), ..Default::default() },
@@ -129,7 +155,10 @@ fn main() {
     must_fail("truncated", "truncated", false, &|d| d.truncate(d.len() - 64));
     must_fail("extra", "truncated or corrupt", false, &|d| d.extend([0; 64]));
     must_fail("major-version", "format version 2.0", true, &|d| d[8] = 2);
-    must_fail("minor-version", "format version 1.1", true, &|d| d[10] = 1);
+    must_fail("minor-version", "format version 1.2", true, &|d| d[10] = 2);
+    must_fail("minor-for-nothing", "has nothing that 1.0 lacks", true, &|d| d[10] = 1);
+    must_fail("trellis-before", "trellis 1 in version 1.0", true, &|d| d[96] = 1);
+    must_fail("trellis-format", "a trellis with `int8`", true, &|d| (d[10], d[96]) = (1, 1));
     must_fail("format", "format 9 is unknown", true, &|d| d[12] = 9);
     must_fail("coder", "coder 7 is unknown", true, &|d| d[13] = 7);
     must_fail("scale-kind", "scale kind 4", true, &|d| d[14] = 4);

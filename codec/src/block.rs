@@ -4,6 +4,7 @@
 use crate::entropy::{SymbolEncoder, TableChoice, Transition};
 use crate::error::{Error, Result};
 use crate::format::Format;
+use crate::trellis::{Grids, PHASES};
 
 /// Rows of a block; lane `l` of a decoder has row `l`.
 pub const BLOCK_ROWS: usize = 32;
@@ -29,6 +30,9 @@ pub struct Params {
     pub block_cols: u32,
     /// B: added to every magnitude (to every code where k = 0).
     pub bias: i32,
+    /// Codes are those of a trellis: [`crate::trellis`].
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub trellis: bool,
 }
 
 impl Params {
@@ -39,7 +43,8 @@ impl Params {
 
     /// Checks the rules of the header (sections 2 and 5).
     pub fn validate(&self, format: Format) -> Result<()> {
-        let &Self { parts_per_symbol: g, table_bits: t, raw_bits: k, part_bits: w, block_cols: c, bias: b } = self;
+        let &Self { parts_per_symbol: g, table_bits: t, raw_bits: k, part_bits: w, block_cols: c, bias: b, trellis } =
+            self;
         let bad = |problem: String| Err(Error::format("header", problem));
         let (k_max, code_bits) = if format == Format::Bf16 { (15, 16) } else { (8, 8) };
         if !matches!(g, 1 | 2 | 4 | 8) {
@@ -66,6 +71,11 @@ impl Params {
         };
         if !in_range {
             return bad(format!("bias {b} with parts of {w} and raw bits of {k} leaves the codes of `{format}`"));
+        }
+        if trellis && (format != Format::Rate || k == 0 || w + k > 7) {
+            return bad(format!(
+                "a trellis with `{format}`, {k} raw bits and parts of {w}; `rate` has one, with at least 1 raw bit and at most 7 bits in all"
+            ));
         }
         Ok(())
     }
@@ -217,6 +227,11 @@ impl Patch {
     pub fn code(self) -> u16 {
         self.0 as u16
     }
+
+    /// With a trellis, where 8 bits are the code's: what stands in the weight's place.
+    pub fn stand_in(self) -> i8 {
+        (self.0 >> 8) as u8 as i8
+    }
 }
 
 /// What one block's decoder reads.
@@ -278,6 +293,7 @@ pub fn decode_block(
     let fields: Vec<RawField> = raw_fields(params.raw_bits).collect();
     let to_top = 32 - params.table_bits;
     let n_steps = n_cols.div_ceil(parts_per_symbol);
+    let mut grids = [Grids::default(); BLOCK_ROWS];
     for step in 0..n_steps {
         for lane in 0..BLOCK_ROWS {
             let slot = x[lane] >> to_top;
@@ -287,6 +303,9 @@ pub fn decode_block(
             for (g, code) in row.iter_mut().enumerate() {
                 let part = u32::from(t.symbol) >> (g as u32 * params.part_bits) & part_mask;
                 *code = join(format, params, part, raw_bits(block.raw, params, &fields, lane, first + g));
+                if params.trellis {
+                    *code = grids[lane].value((first + g) % PHASES, *code as i8) as u8 as u16;
+                }
             }
             if step + 1 == n_steps {
                 continue; // the last symbol leads nowhere
@@ -305,8 +324,9 @@ pub fn decode_block(
     if (2 * n_words).next_multiple_of(STREAM_ALIGN) != block.stream_bytes {
         return Err(corrupt_stream());
     }
+    let code_bits = u16::MAX >> (16 - format.code_bits());
     for patch in block.patches() {
-        codes[patch.row() * n_cols + patch.col()] = patch.code();
+        codes[patch.row() * n_cols + patch.col()] = patch.code() & code_bits;
     }
     Ok(())
 }
@@ -385,8 +405,8 @@ impl<'a> BlockEncoder<'a> {
         Self { geometry, choice, encoder, split, cheapest }
     }
 
-    /// Encodes block row `i`. `code(row, col)` is the code at that place of the matrix; `raw` receives the row block's raw
-    /// bits, and must be zero before.
+    /// Encodes block row `i`. `code(row, col)` is the code at that place of the matrix, with a trellis that of the stream; `raw` receives the
+    /// row block's raw bits, and must be zero before.
     pub fn encode(&self, i: usize, code: impl Fn(usize, usize) -> u16, raw: &mut [u8]) -> EncodedRowBlock {
         let params = &self.geometry.params;
         let (g, w) = (params.parts_per_symbol as usize, params.part_bits);
@@ -404,6 +424,7 @@ impl<'a> BlockEncoder<'a> {
             symbols.resize(n_steps * BLOCK_ROWS, self.cheapest);
             let mut patches = Vec::new();
             for (lane, row) in rows.clone().enumerate() {
+                let mut grids = Grids::default();
                 for step in 0..n_steps {
                     let first = cols.start + step * g;
                     let n = g.min(cols.end - first);
@@ -417,14 +438,32 @@ impl<'a> BlockEncoder<'a> {
                     symbols[step * BLOCK_ROWS + lane] = target;
                     for (k, s) in splits[..n].iter().enumerate() {
                         let col = first + k;
-                        if s.patched || (symbol ^ target) >> (k as u32 * w) & part_mask != 0 {
-                            patches.push(Patch::new(lane, col - cols.start, code(row, col)));
-                            continue;
+                        let is_patched = s.patched || (symbol ^ target) >> (k as u32 * w) & part_mask != 0;
+                        let mut bits = u32::from(s.raw);
+                        if is_patched {
+                            let code = code(row, col);
+                            if !params.trellis {
+                                patches.push(Patch::new(lane, col - cols.start, code));
+                                continue;
+                            }
+                            // What stands there has to leave the grids as they are: 0, or −1, whose sign alone is set.
+                            let odd = code & 1;
+                            let phase = (col - cols.start) % PHASES;
+                            let stand_in = grids.clone().value(phase, -(odd as i8));
+                            let value = grids.value(phase, code as i8);
+                            patches.push(Patch::new(
+                                lane,
+                                col - cols.start,
+                                u16::from_le_bytes([value as u8, stand_in as u8]),
+                            ));
+                            bits = u32::from(odd) << (params.raw_bits - 1);
+                        } else if params.trellis {
+                            grids.value((col - cols.start) % PHASES, code(row, col) as i8);
                         }
                         let (unit, quad, byte) = (col / UNIT_COLS, (col % UNIT_COLS / 4) as u32, col % 4);
                         for f in &fields {
                             let word = (f.first_word + quad * f.width / 8) as usize;
-                            let value = (u32::from(s.raw) >> f.shift & ((1 << f.width) - 1)) << (quad * f.width % 8);
+                            let value = (bits >> f.shift & ((1 << f.width) - 1)) << (quad * f.width % 8);
                             raw_words[(unit * params.raw_bits as usize + word) * BLOCK_ROWS + lane][byte] |=
                                 value as u8;
                         }

@@ -13,10 +13,11 @@ use crate::format::{Coder, Format, ScaleMode};
 #[cfg(target_arch = "x86_64")]
 use crate::product::decode_dense;
 use crate::quantize::{
-    Codes, INT8_MAX, QuantizedTensor, Scales, code_value, matrix_shape, quantize, quantize_to_step, read_row,
-    row_magnitudes, scale_of,
+    Codes, INT8_MAX, QuantizedTensor, Scales, code_value, matrix_shape, nearby_codes, quantize, quantize_to_step,
+    quantize_to_trellis, read_row, row_steps, scale_of,
 };
 use crate::simd::{Plan, Quads};
+use crate::trellis;
 use bytes::Bytes;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -26,7 +27,11 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 const MAGIC: &[u8; 8] = b"CODECLLM";
 const VERSION_MAJOR: u16 = 1;
-const VERSION_MINOR: u16 = 0;
+const VERSION_MINOR: u16 = 1;
+/// What a program has to know that reads the tensor: a trellis came with version 1.1.
+fn minor_of(params: &Params) -> u16 {
+    u16::from(params.trellis)
+}
 const HEADER_BYTES: usize = 128;
 const SECTION_ALIGN: usize = 64;
 /// Zero bytes after the last stream, so that a vector load past its end stays within the tensor.
@@ -105,7 +110,9 @@ pub struct EncodeOptions {
     pub prefer: Prefer,
     /// `rate`: the distance of neighbouring grid points, in units of the weights; the others have none.
     pub step: Option<f32>,
-    /// The coder's parameters; `None` has the encoder choose them. `prefer` is then without effect, and `zstd` has none.
+    /// `rate`: codes of a [trellis](crate::trellis), which have less error at the same bits. Coder `rans` alone has them.
+    pub trellis: bool,
+    /// The coder's parameters; `None` has the encoder choose them. `prefer` and `trellis` are then without effect, and `zstd` has none.
     pub params: Option<Params>,
 }
 
@@ -117,8 +124,22 @@ impl Default for EncodeOptions {
             coder: Coder::Rans,
             prefer: Prefer::Balanced,
             step: None,
+            trellis: false,
             params: None,
         }
+    }
+}
+
+impl EncodeOptions {
+    /// Whether its parts go together.
+    fn check(&self) -> Result<()> {
+        if self.trellis && (self.format != Format::Rate || self.coder != Coder::Rans) {
+            return Err(Error::Parameter(format!(
+                "format `{}` with coder `{}` has no trellis; format `rate` with coder `rans` has",
+                self.format, self.coder
+            )));
+        }
+        self.params.map_or(Ok(()), |params| params.validate(self.format))
     }
 }
 
@@ -281,7 +302,7 @@ impl Header {
         let mut h = [0u8; HEADER_BYTES];
         h[..8].copy_from_slice(MAGIC);
         h[8..10].copy_from_slice(&VERSION_MAJOR.to_le_bytes());
-        h[10..12].copy_from_slice(&VERSION_MINOR.to_le_bytes());
+        h[10..12].copy_from_slice(&minor_of(&self.params).to_le_bytes());
         h[12] = self.format as u8;
         h[13] = self.coder as u8;
         h[14] = self.scale_kind as u8;
@@ -307,6 +328,7 @@ impl Header {
         h[64..68].copy_from_slice(&self.relative_error.to_le_bytes());
         h[68..72].copy_from_slice(&self.step.to_le_bytes());
         h[72..80].copy_from_slice(&(self.total_bytes as u64).to_le_bytes());
+        h[96] = u8::from(self.params.trellis);
         h
     }
 
@@ -359,6 +381,7 @@ impl Header {
                 part_bits: h[35].into(),
                 block_cols: u32_at(36),
                 bias: u32_at(40) as i32,
+                trellis: h[96] == 1,
             },
             table_bytes: u32_at(44) as usize,
             n_patches: size_at(48, "n_patches")?,
@@ -386,7 +409,19 @@ impl Header {
         } else if u32_at(68) != 0 {
             return Err(bad(format!("`{}` has no step, but the header has one", header.format)));
         }
-        if h[96..].iter().any(|&b| b != 0) {
+        if h[96] > u8::from(minor >= 1 && header.coder == Coder::Rans) {
+            return Err(bad(format!(
+                "trellis {} in version {major}.{minor} with coder {}; 0 or 1 expected, and 1 from 1.1 on with `rans`",
+                h[96], h[13]
+            )));
+        }
+        if minor != minor_of(&header.params) {
+            return Err(bad(format!(
+                "version {major}.{minor} has nothing that {major}.{} lacks",
+                minor_of(&header.params)
+            )));
+        }
+        if h[97..].iter().any(|&b| b != 0) {
             return Err(bad("reserved bytes are not zero".into()));
         }
         match header.coder {
@@ -668,7 +703,10 @@ impl EncodedTensor {
                 for patch in self.block(i, j).patches() {
                     let position = patch.0 >> 16;
                     let inside = patch.row() < geometry.rows(i).len() && patch.col() < geometry.cols(j).len();
-                    let fits = u32::from(patch.code()) >> self.header.format.code_bits() == 0;
+                    let fits = match self.header.params.trellis {
+                        true => (-2..2).contains(&patch.stand_in()),
+                        false => u32::from(patch.code()) >> self.header.format.code_bits() == 0,
+                    };
                     if !inside || !fits || previous >= Some(position) {
                         return Err(bad());
                     }
@@ -949,7 +987,15 @@ impl EncodedTensor {
         let mode = if self.header.scale_kind == ScaleKind::Tensor { ScaleMode::Tensor } else { ScaleMode::Channel };
         let raw_bits = (self.header.coder == Coder::Rans).then_some(self.header.params.raw_bits);
         let expected = match self.header.format {
-            Format::Rate => quantize_to_step(source, self.header.step, raw_bits)?,
+            Format::Rate => match self.header.params {
+                Params { trellis: true, raw_bits, block_cols, .. } => {
+                    let mut q = quantize_to_trellis(source, self.header.step, raw_bits, block_cols as usize)?;
+                    let Codes::U8(codes) = &mut q.codes else { unreachable!("codes of `rate` are bytes") };
+                    codes.to_mut().chunks_exact_mut(n_cols).for_each(|row| trellis::values(row, block_cols as usize));
+                    q
+                }
+                _ => quantize_to_step(source, self.header.step, raw_bits)?,
+            },
             format => quantize(source, format, mode)?,
         };
         if self.section(&self.sections.scales) != scale_bytes(&expected.scales) {
@@ -983,8 +1029,8 @@ impl EncodedTensor {
             return Ok(Some(difference));
         }
         let step = self.header.step;
-        let steps: Vec<f32> =
-            row_magnitudes(source, n_cols, Format::Rate)?.iter().map(|a| step.max(a / INT8_MAX)).collect();
+        let steps =
+            row_steps(source, n_cols, step, if self.header.params.trellis { trellis::MAX_STEPS } else { INT8_MAX })?;
         let fit = self.scale(0) / steps[0];
         let is_on_grid = |row: usize| (self.scale(row) / (fit * steps[row]) - 1.0).abs() < 1e-5;
         if !(0.49..2.01).contains(&fit) || !(0..n_rows).all(is_on_grid) {
@@ -1119,9 +1165,7 @@ fn metadata_checksum(metadata: &[u8]) -> u64 {
 /// the format's rules.
 pub fn encode_tensor(t: &Tensor, options: &EncodeOptions) -> Result<Vec<u8>> {
     let mut params = options.params;
-    if let Some(params) = params {
-        params.validate(options.format)?;
-    }
+    options.check()?;
     matrix_shape(t)?;
     let q = match (options.format, options.step) {
         (Format::Rate, Some(step)) => {
@@ -1151,16 +1195,17 @@ pub fn encode_with_feedback(
     let (Format::Rate, Some(step)) = (options.format, options.step) else {
         return Err(Error::Parameter("only `rate`, whose grid has a step, is encoded with error feedback".into()));
     };
+    options.check()?;
     let (n_rows, n_cols) = matrix_shape(t)?;
     let mut params = options.params;
     let mut grid = Grid { step, raw_bits: None, targets };
     if options.coder == Coder::Rans {
-        if let Some(params) = params {
-            params.validate(options.format)?;
-        } else {
-            let nearest = quantize_with_feedback(t, &grid, factor)?;
-            let Codes::U8(codes) = &nearest.codes else { unreachable!("codes of `rate` are bytes") };
-            params = Some(choose_params(Format::Rate, codes, n_rows, n_cols, options.prefer));
+        if params.is_none() {
+            let nearest = match options.trellis {
+                true => nearby_codes(t, step)?,
+                false => quantize_with_feedback(t, &grid, factor)?.codes,
+            };
+            params = Some(params_for(&nearest, n_rows, n_cols, options));
         }
         grid.raw_bits = params.map(|p| p.raw_bits);
     }
@@ -1188,7 +1233,15 @@ fn encode_quantized(
         source_dtype: t.dtype,
         n_rows,
         n_cols,
-        params: Params { parts_per_symbol: 0, table_bits: 0, raw_bits: 0, part_bits: 0, block_cols: 0, bias: 0 },
+        params: Params {
+            parts_per_symbol: 0,
+            table_bits: 0,
+            raw_bits: 0,
+            part_bits: 0,
+            block_cols: 0,
+            bias: 0,
+            trellis: false,
+        },
         table_bytes: 0,
         n_patches: 0,
         stream_bytes: 0,
@@ -1220,12 +1273,24 @@ fn quantize_for_coder<'a>(
     let params = match options.params {
         Some(params) => params,
         None => {
-            let nearest = quantize_to_step(t, step, None)?;
-            let Codes::U8(codes) = &nearest.codes else { unreachable!("codes of `rate` are bytes") };
-            choose_params(Format::Rate, codes, t.shape[0], t.shape[1], options.prefer)
+            let nearest = match options.trellis {
+                true => nearby_codes(t, step)?,
+                false => quantize_to_step(t, step, None)?.codes,
+            };
+            params_for(&nearest, t.shape[0], t.shape[1], options)
         }
     };
-    Ok((quantize_to_step(t, step, Some(params.raw_bits))?, Some(params)))
+    let q = match params.trellis {
+        true => quantize_to_trellis(t, step, params.raw_bits, params.block_cols as usize)?,
+        false => quantize_to_step(t, step, Some(params.raw_bits))?,
+    };
+    Ok((q, Some(params)))
+}
+
+/// The parameters for codes of `rate`, with a trellis those of the stream.
+fn params_for(codes: &Codes<'_>, n_rows: usize, n_cols: usize, options: &EncodeOptions) -> Params {
+    let Codes::U8(codes) = codes else { unreachable!("codes of `rate` are bytes") };
+    choose_params(Format::Rate, codes, n_rows, n_cols, options.prefer, options.trellis)
 }
 
 fn encode_zstd(mut header: Header, scales: &[u8], codes: &[u8]) -> Result<Vec<u8>> {
@@ -1251,7 +1316,7 @@ fn encode_rans<T: CodeType>(
     params: Option<Params>,
 ) -> Result<Vec<u8>> {
     let (format, n_cols) = (header.format, header.n_cols);
-    let params = params.unwrap_or_else(|| choose_params(format, &codes, header.n_rows, n_cols, prefer));
+    let params = params.unwrap_or_else(|| choose_params(format, &codes, header.n_rows, n_cols, prefer, false));
     let split = SplitTable::new(format, &params);
     let counts = count_symbols(&codes, n_cols, &params, &split, 1);
     let choice = choose_table(&counts, params.parts_per_symbol, params.part_bits, params.table_bits);
@@ -1366,7 +1431,14 @@ fn count_symbols<T: CodeType>(
 }
 
 /// Chooses the parameters by the bytes that they cost, table, patches and raw bits counted, on a sample of the rows.
-fn choose_params<T: CodeType>(format: Format, codes: &[T], n_rows: usize, n_cols: usize, prefer: Prefer) -> Params {
+fn choose_params<T: CodeType>(
+    format: Format,
+    codes: &[T],
+    n_rows: usize,
+    n_cols: usize,
+    prefer: Prefer,
+    trellis: bool,
+) -> Params {
     const SAMPLE_WEIGHTS: usize = 1 << 18;
     let stride = codes.len().div_ceil(SAMPLE_WEIGHTS).clamp(1, n_rows.div_ceil(BLOCK_ROWS));
     let code_bits = format.code_bits();
@@ -1378,13 +1450,20 @@ fn choose_params<T: CodeType>(format: Format, codes: &[T], n_rows: usize, n_cols
     let n: u64 = histogram.iter().sum();
 
     // A candidate's floor: the entropy of single parts, raw bits, and patches of what no part reaches.
-    let raw_range = if format == Format::Bf16 { 7..=10 } else { 0..=7 };
+    let raw_range = match format {
+        Format::Bf16 => 7..=10,
+        _ if trellis => 1..=6,
+        _ => 0..=7,
+    };
+    // Of a trellis, the stream's codes have a bit less.
+    let all_bits = code_bits - u32::from(trellis);
     let mut candidates: Vec<(f64, Params)> = Vec::new();
     for raw_bits in raw_range {
         for parts_per_symbol in [1u32, 2, 4, 8] {
-            let magnitude_bits = if raw_bits == 0 { code_bits } else { code_bits - raw_bits };
+            let magnitude_bits = all_bits - raw_bits;
             let part_bits = (crate::entropy::SYMBOL_BITS_MAX / parts_per_symbol).min(magnitude_bits).min(8);
-            let mut params = Params { parts_per_symbol, table_bits: 10, raw_bits, part_bits, block_cols, bias: 0 };
+            let mut params =
+                Params { parts_per_symbol, table_bits: 10, raw_bits, part_bits, block_cols, bias: 0, trellis };
             choose_window(format, &mut params, &histogram);
             let split = SplitTable::new(format, &params);
             let mut parts = vec![0u64; 1 << params.part_bits];

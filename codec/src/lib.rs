@@ -18,6 +18,7 @@ pub mod gguf;
 pub mod product;
 pub mod quantize;
 mod simd;
+pub mod trellis;
 
 pub use checkpoint::{Checkpoint, Dtype, Tensor};
 pub use cpu::Cpu;

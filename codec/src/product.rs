@@ -294,7 +294,9 @@ impl EncodedTensor {
             for t in 0..x.n_tokens {
                 match sums {
                     Sums::Fixed(s) => {
-                        let difference = i64::from(patch.code() as u8 as i8) - i64::from(filler as u8 as i8);
+                        // Without a trellis what stands in is the filler alone.
+                        let stand_in = i64::from(filler as u8 as i8) + i64::from(patch.stand_in());
+                        let difference = i64::from(patch.code() as u8 as i8) - stand_in;
                         s[t][row] += difference * x.fixed(t, col);
                     }
                     Sums::Float(s) => {

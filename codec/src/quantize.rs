@@ -6,6 +6,7 @@
 use crate::checkpoint::{Dtype, Tensor};
 use crate::error::{Error, Result};
 use crate::format::{Format, ScaleMode};
+use crate::trellis::{self, Costs, N_CODES, PHASES, Search};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -368,12 +369,8 @@ const SQUARES_PER_BIT: f32 = 0.1;
 /// number.
 pub fn quantize_to_step(t: &Tensor, step: f32, raw_bits: Option<u32>) -> Result<QuantizedTensor<'_>> {
     let (n_rows, n_cols) = matrix_shape(t)?;
-    if !(step.is_normal() && step > 0.0) {
-        return Err(Error::Parameter(format!("{step} is no step of a grid; it is a positive number")));
-    }
     let row_bytes = t.data.len() / n_rows;
-    let absmax = row_magnitudes(t, n_cols, Format::Rate)?;
-    let steps: Vec<f32> = absmax.iter().map(|a| step.max(a / INT8_MAX)).collect();
+    let steps = row_steps(t, n_cols, step, INT8_MAX)?;
     let rows = || t.data.par_chunks(row_bytes).zip(&steps);
 
     let mut thresholds = [0.5f32; 128];
@@ -421,17 +418,168 @@ pub fn quantize_to_step(t: &Tensor, step: f32, raw_bits: Option<u32>) -> Result<
             },
         )
         .collect();
+    Ok(fitted(codes, step, steps, &sums))
+}
+
+/// The codes with the scale that has the least squared error, given Σ weight², Σ weight · point and Σ point² of each row, where a point is
+/// code · step.
+fn fitted(codes: Vec<u8>, step: f32, steps: Vec<f32>, sums: &[[f64; 3]]) -> QuantizedTensor<'static> {
     // Summed in row order, so that the scale does not depend on the number of threads.
     let [weight, cross, point] = sums.iter().fold([0.0; 3], |a, b| [a[0] + b[0], a[1] + b[1], a[2] + b[2]]);
     let fit = if point > 0.0 { cross / point } else { 1.0 };
     let error = weight - 2.0 * fit * cross + fit * fit * point;
+    let relative_error = if weight > 0.0 { (error.max(0.0) / weight).sqrt() as f32 } else { 0.0 };
+    QuantizedTensor { codes: Codes::U8(codes.into()), scales: scales_of(step, steps, fit), relative_error }
+}
+
+/// The scales of rows with these steps, of which most are `step`.
+pub(crate) fn scales_of(step: f32, steps: Vec<f32>, fit: f64) -> Scales {
     let scale = |step: f32| (fit * f64::from(step)) as f32;
-    let scales = match steps.iter().all(|&s| s == step) {
+    match steps.iter().all(|&s| s == step) {
         true => Scales::Tensor(scale(step)),
         false => Scales::Channel(steps.into_iter().map(scale).collect()),
-    };
-    let relative_error = if weight > 0.0 { (error.max(0.0) / weight).sqrt() as f32 } else { 0.0 };
-    Ok(QuantizedTensor { codes: Codes::U8(codes.into()), scales, relative_error })
+    }
+}
+
+/// The step of each row: `step`, or a coarser one where its largest magnitude is more than `most` of those.
+///
+/// # Errors
+/// A step that is not a positive normal number; a weight that is not finite.
+pub(crate) fn row_steps(t: &Tensor, n_cols: usize, step: f32, most: f32) -> Result<Vec<f32>> {
+    if !(step.is_normal() && step > 0.0) {
+        return Err(Error::Parameter(format!("{step} is no step of a grid; it is a positive number")));
+    }
+    Ok(row_magnitudes(t, n_cols, Format::Rate)?.iter().map(|a| step.max(a / most)).collect())
+}
+
+/// Rows that a search takes together.
+const SEARCH_ROWS: usize = 4;
+/// One of so many fours of rows tells how often codes occur.
+const COUNT_STRIDE: usize = 16;
+
+/// A matrix for which codes of a [trellis] are looked for.
+struct TrellisRows<'a> {
+    tensor: &'a Tensor,
+    n_cols: usize,
+    steps: &'a [f32],
+    block_cols: usize,
+}
+
+impl TrellisRows<'_> {
+    /// The weights in steps of some rows, `[row][column]`.
+    fn read(&self, rows: std::ops::Range<usize>, out: &mut Vec<f32>) {
+        let row_bytes = self.tensor.data.len() / self.tensor.shape[0];
+        out.resize(rows.len() * self.n_cols, 0.0);
+        read_row(self.tensor.dtype, &self.tensor.data[rows.start * row_bytes..rows.end * row_bytes], out);
+        for (row, step) in out.chunks_exact_mut(self.n_cols).zip(&self.steps[rows]) {
+            row.iter_mut().for_each(|v| *v /= step);
+        }
+    }
+
+    /// The codes of some rows, up to [`SEARCH_ROWS`], which are at `x` in steps.
+    fn search(&self, search: &mut Search, costs: &Costs, x: &[f32], codes: &mut [u8]) {
+        let n = self.n_cols;
+        for start in (0..n).step_by(self.block_cols) {
+            let cols = start..n.min(start + self.block_cols);
+            let x: Vec<&[f32]> = x.chunks_exact(n).map(|x| &x[cols.clone()]).collect();
+            let mut codes: Vec<&mut [u8]> = codes.chunks_exact_mut(n).map(|c| &mut c[cols.clone()]).collect();
+            search.rows(&x, costs, &mut codes);
+        }
+    }
+
+    /// What codes cost, from what occurs in some of the rows.
+    fn costs(&self, raw_bits: u32) -> Costs {
+        let n_rows = self.steps.len();
+        let all: Vec<usize> =
+            (0..n_rows).step_by(SEARCH_ROWS * COUNT_STRIDE.min(n_rows.div_ceil(SEARCH_ROWS * 4))).collect();
+        let rows_from = |first: usize| first..n_rows.min(first + SEARCH_ROWS);
+        let sum = |mut a: [u64; N_CODES], b: [u64; N_CODES]| {
+            a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+            a
+        };
+        let count = |codes: &mut dyn Iterator<Item = i8>| {
+            let mut counts = [0u64; N_CODES];
+            codes.for_each(|c| counts[(i32::from(c) + 64) as usize] += 1);
+            counts
+        };
+        let counts = all.par_iter().map_init(Vec::new, |x, &first| {
+            self.read(rows_from(first), x);
+            count(&mut x.iter().enumerate().map(|(i, x)| trellis::nearby_code(*x, i % self.n_cols)))
+        });
+        let costs = trellis::costs(&counts.reduce(|| [0; N_CODES], sum), raw_bits);
+        // The bits depend on how often codes occur, and that on the bits: a second look is enough.
+        let counts = all.par_iter().map_init(
+            || (Vec::new(), Vec::new(), Search::default()),
+            |(x, codes, search), &first| {
+                self.read(rows_from(first), x);
+                codes.resize(x.len(), 0u8);
+                self.search(search, &costs, x, codes);
+                count(&mut codes.iter().map(|c| *c as i8))
+            },
+        );
+        trellis::costs(&counts.reduce(|| [0; N_CODES], sum), raw_bits)
+    }
+}
+
+/// Quantizes a matrix to the codes of a [trellis] that cost least in error and bits, those of a coder with `raw_bits`: `rate`'s other
+/// quantizer. The codes are those of the stream, in blocks of `block_cols` columns; [`trellis::values`] has what they stand for.
+///
+/// A row whose largest magnitude is more than 122 steps gets a coarser step. The scale is the one with the least squared error.
+///
+/// # Errors
+/// As [`quantize_to_step`].
+pub fn quantize_to_trellis(
+    t: &Tensor,
+    step: f32,
+    raw_bits: u32,
+    block_cols: usize,
+) -> Result<QuantizedTensor<'static>> {
+    let (n_rows, n_cols) = matrix_shape(t)?;
+    let steps = row_steps(t, n_cols, step, trellis::MAX_STEPS)?;
+    let rows = TrellisRows { tensor: t, n_cols, steps: &steps, block_cols };
+    let costs = rows.costs(raw_bits);
+    let mut codes = vec![0u8; n_rows * n_cols];
+    let sums: Vec<[f64; 3]> = codes
+        .par_chunks_mut(SEARCH_ROWS * n_cols)
+        .enumerate()
+        .map_init(
+            || (Vec::new(), Vec::new(), Search::default()),
+            |(x, values, search), (i, codes)| {
+                let first = i * SEARCH_ROWS;
+                rows.read(first..n_rows.min(first + SEARCH_ROWS), x);
+                rows.search(search, &costs, x, codes);
+                values.clear();
+                values.extend_from_slice(codes);
+                values.chunks_exact_mut(n_cols).for_each(|row| trellis::values(row, block_cols));
+                let mut sums = [0f64; 3];
+                for ((x, values), step) in x.chunks_exact(n_cols).zip(values.chunks_exact(n_cols)).zip(&steps[first..])
+                {
+                    let step = f64::from(*step) * f64::from(*step);
+                    for (x, value) in x.iter().zip(values) {
+                        let (x, value) = (f64::from(*x), f64::from(*value as i8));
+                        sums[0] += x * x * step;
+                        sums[1] += x * value * step;
+                        sums[2] += value * value * step;
+                    }
+                }
+                sums
+            },
+        )
+        .collect();
+    Ok(fitted(codes, step, steps, &sums))
+}
+
+/// About the codes that [`quantize_to_trellis`] would find, without a search: for estimates of bits.
+pub(crate) fn nearby_codes(t: &Tensor, step: f32) -> Result<Codes<'static>> {
+    let (n_rows, n_cols) = matrix_shape(t)?;
+    let steps = row_steps(t, n_cols, step, trellis::MAX_STEPS)?;
+    let rows = TrellisRows { tensor: t, n_cols, steps: &steps, block_cols: PHASES };
+    let mut codes = vec![0u8; n_rows * n_cols];
+    codes.par_chunks_mut(n_cols).enumerate().for_each_init(Vec::new, |x, (r, codes)| {
+        rows.read(r..r + 1, x);
+        codes.iter_mut().zip(x).enumerate().for_each(|(c, (code, x))| *code = trellis::nearby_code(*x, c) as u8);
+    });
+    Ok(Codes::U8(codes.into()))
 }
 
 /// The magnitude of the code of `x` ≥ 0 steps: the grid point below, or the one above from the threshold on.

@@ -4,7 +4,8 @@
 mod common;
 
 use bytes::Bytes;
-use codecllm_codec::quantize::{quantize, quantize_to_step};
+use codecllm_codec::quantize::{Codes, quantize, quantize_to_step, quantize_to_trellis};
+use codecllm_codec::trellis;
 use codecllm_codec::{
     Checks, Coder, Cpu, Dtype, EncodeOptions, EncodedTensor, Format, Operand, Prefer, ScaleMode, Tensor, encode_tensor,
 };
@@ -18,6 +19,14 @@ fn check(t: &Tensor, options: &EncodeOptions) -> EncodedTensor {
     let bytes = encode_tensor(t, options).unwrap();
     let encoded = EncodedTensor::parse(Bytes::from(bytes), Checks::Full).unwrap();
     let expected = match options.format {
+        Format::Rate if options.trellis => {
+            let params = encoded.params().unwrap();
+            let mut q = quantize_to_trellis(t, STEP, params.raw_bits, params.block_cols as usize).unwrap();
+            let Codes::U8(codes) = &mut q.codes else { panic!("codes of a byte") };
+            let rows = codes.to_mut().chunks_exact_mut(t.shape[1]);
+            rows.for_each(|row| trellis::values(row, params.block_cols as usize));
+            q
+        }
         Format::Rate => quantize_to_step(t, STEP, encoded.params().map(|p| p.raw_bits)).unwrap(),
         format => quantize(t, format, options.scale).unwrap(),
     };
@@ -76,7 +85,18 @@ fn all_options() -> Vec<EncodeOptions> {
         for &scale in ScaleMode::ALL {
             for &coder in Coder::ALL {
                 for prefer in [Prefer::Size, Prefer::Balanced, Prefer::Speed] {
-                    all.push(EncodeOptions { format, scale, coder, prefer, step: Some(STEP), params: None });
+                    let trellises = if format == Format::Rate && coder == Coder::Rans { 2 } else { 1 };
+                    for trellis in [false, true].into_iter().take(trellises) {
+                        all.push(EncodeOptions {
+                            format,
+                            scale,
+                            coder,
+                            prefer,
+                            step: Some(STEP),
+                            trellis,
+                            params: None,
+                        });
+                    }
                 }
             }
         }

@@ -15,6 +15,8 @@ use std::path::Path;
 pub const PROVENANCE_FILE: &str = "codecllm.json";
 /// The version of the tensor format, as `docs/format.md` numbers it.
 const FORMAT_VERSION: &str = "1.0";
+/// The same where there is a trellis.
+const TRELLIS_VERSION: &str = "1.1";
 const HASH_CHUNK_BYTES: usize = 1 << 20;
 
 /// A file, by its name within the directory and its content.
@@ -79,6 +81,9 @@ pub struct Settings {
     pub coder: Coder,
     /// What the encoder favoured.
     pub prefer: Prefer,
+    /// `rate`: whether codes are a trellis'.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub trellis: bool,
     /// Which matrices are encoded, as [`super::Layers`] spells it.
     pub layers: String,
     /// `rate`: what its steps were chosen for.
@@ -119,23 +124,29 @@ impl Calibration {
 
 impl Settings {
     pub(super) fn new(options: &CompressOptions) -> Self {
-        let EncodeOptions { format, scale, coder, prefer, step: _, params: _ } = options.encode;
+        let EncodeOptions { format, scale, coder, prefer, step: _, trellis, params: _ } = options.encode;
         Self {
             format,
             scale: matches!(format, Format::Fp8 | Format::Int8).then_some(scale),
             coder,
             prefer,
+            trellis,
             layers: options.layers.to_string(),
             target: options.rate.map(|target| target.to_string()),
             calibration: options.calibrated.as_ref().map(|calibrated| calibrated.record.clone()),
         }
     }
 
+    /// The version of the tensor format that a program has to read.
+    fn format_version(&self) -> &'static str {
+        if self.trellis { TRELLIS_VERSION } else { FORMAT_VERSION }
+    }
+
     /// `quantization_config` of the archive's `config.json`.
     pub(super) fn quantization_config(&self) -> serde_json::Value {
         serde_json::json!({
             "quant_method": "codecllm",
-            "version": FORMAT_VERSION,
+            "version": self.format_version(),
             "format": self.format,
             "coder": self.coder,
             "scale": self.scale,
@@ -170,7 +181,7 @@ impl Provenance {
         let mut provenance = Self {
             tool: "codecllm".into(),
             version: env!("CARGO_PKG_VERSION").into(),
-            format_version: FORMAT_VERSION.into(),
+            format_version: options.format_version().into(),
             options,
             source,
             files,

@@ -14,7 +14,7 @@ use crate::checkpoint::{Checkpoint, Tensor};
 use crate::encoded::{Checks, EncodeOptions, EncodedTensor, encode_tensor};
 use crate::error::{Error, Result};
 use crate::format::Format;
-use crate::quantize::{matrix_shape, quantize_to_step};
+use crate::quantize::{matrix_shape, nearby_codes, quantize_to_step, quantize_to_trellis};
 use bytes::Bytes;
 use rayon::prelude::*;
 use std::collections::{HashMap, HashSet};
@@ -88,6 +88,8 @@ struct Candidate {
     unit: f64,
     /// The weight of its role, which is part of `unit`.
     role: f64,
+    /// Whether codes are a trellis'.
+    trellis: bool,
     /// Bits a weight as `bf16`, where it is kept so.
     exact: Option<f64>,
     /// The coder's parameters. Its size is smooth in θ only while these stay as they are.
@@ -98,7 +100,7 @@ struct Candidate {
 
 impl Candidate {
     /// Of a matrix whose role has the weight `role`.
-    fn new(tensor: &Tensor, role: f64, sample_weights: usize) -> Result<Self> {
+    fn new(tensor: &Tensor, role: f64, sample_weights: usize, trellis: bool) -> Result<Self> {
         let (n_rows, n_cols) = matrix_shape(tensor)?;
         let row_bytes = tensor.data.len() / n_rows;
         let n_blocks = n_rows.div_ceil(BLOCK_ROWS);
@@ -113,7 +115,8 @@ impl Candidate {
         let sample = Tensor { name: tensor.name.clone(), dtype: tensor.dtype, shape, data: Bytes::from(data) };
         let rms = crate::quantize::rms(&sample)?;
         let unit = if rms > 0.0 { rms * role } else { 1.0 };
-        Ok(Self { n_weights: n_rows * n_cols, sample, unit, role, exact: None, params: None, overhead: 0.05 })
+        let n_weights = n_rows * n_cols;
+        Ok(Self { n_weights, sample, unit, role, trellis, exact: None, params: None, overhead: 0.05 })
     }
 
     fn step(&self, theta: f64) -> f32 {
@@ -121,7 +124,11 @@ impl Candidate {
     }
 
     fn entropy(&self, theta: f64) -> Result<f64> {
-        Ok(quantize_to_step(&self.sample, self.step(theta), None)?.codes.entropy_bits())
+        let step = self.step(theta);
+        Ok(match self.trellis {
+            true => nearby_codes(&self.sample, step)?.entropy_bits(),
+            false => quantize_to_step(&self.sample, step, None)?.codes.entropy_bits(),
+        })
     }
 
     fn bits(&self, theta: f64) -> Result<f64> {
@@ -135,7 +142,7 @@ impl Candidate {
     /// How the tensor is encoded.
     fn options(&self, theta: f64, options: &EncodeOptions) -> EncodeOptions {
         match self.exact {
-            Some(_) => EncodeOptions { format: Format::Bf16, step: None, params: None, ..*options },
+            Some(_) => EncodeOptions { format: Format::Bf16, step: None, trellis: false, params: None, ..*options },
             None => EncodeOptions { step: Some(self.step(theta)), params: self.params, ..*options },
         }
     }
@@ -163,9 +170,13 @@ impl Candidate {
 
     /// What it takes and saves to keep the tensor as it is rather than on its finest grid.
     fn exactness(&self, options: &EncodeOptions) -> Result<Exactness> {
-        let exact = EncodeOptions { format: Format::Bf16, step: None, params: None, ..*options };
+        let exact = EncodeOptions { format: Format::Bf16, step: None, trellis: false, params: None, ..*options };
         let (bits, _) = self.encoded_bits(&exact)?;
-        let error = f64::from(quantize_to_step(&self.sample, self.step(THETA.0), None)?.relative_error);
+        let finest = match self.trellis {
+            true => quantize_to_trellis(&self.sample, self.step(THETA.0), 6, self.sample.shape[1])?,
+            false => quantize_to_step(&self.sample, self.step(THETA.0), None)?,
+        };
+        let error = f64::from(finest.relative_error);
         let n_weights = self.n_weights as f64;
         Ok(Exactness {
             bits,
@@ -213,7 +224,8 @@ pub(super) fn choose_steps(
         check_stopped(progress)?;
         let role = role_weight(&info.name, info.shape[0], |name| source.info(name).map(|other| other.shape[0]));
         let tensor = source.tensor(&info.name)?;
-        candidates.push(Candidate::new(&tensor, role, sample_weights).map_err(|e| e.in_tensor(&info.name))?);
+        candidates
+            .push(Candidate::new(&tensor, role, sample_weights, options.trellis).map_err(|e| e.in_tensor(&info.name))?);
     }
     let n_weights = source.tensors().iter().map(|t| t.n_elements() as f64).sum();
     let kept = source.tensors().iter().filter(|t| !selected.contains(t.name.as_str()));
@@ -249,7 +261,9 @@ pub fn steps_of(
     for tensor in tensors {
         check_stopped(progress)?;
         let role = role_weight(&tensor.name, tensor.shape[0], |name| n_rows.get(name).copied());
-        candidates.push(Candidate::new(tensor, role, sample_weights).map_err(|e| e.in_tensor(&tensor.name))?);
+        candidates.push(
+            Candidate::new(tensor, role, sample_weights, options.trellis).map_err(|e| e.in_tensor(&tensor.name))?,
+        );
     }
     let n_weights = candidates.iter().map(|c| c.n_weights as f64).sum();
     let goal = Goal { target, n_weights, kept: 0.0, options, keeps_exact: false };

@@ -145,6 +145,8 @@ unsafe fn run<S: Sink>(plan: &Plan, entries: &[u32], block: &Block<'_>, sink: &m
         let mut steps_left = block.n_cols.div_ceil(g);
         let mut quad_index = 0;
         let mut entry = [[_mm256_setzero_si256(); GROUPS]; 4];
+        // With a trellis, the grids of the quad to come and of the one after it, as far as that is known.
+        let mut grids = [[_mm256_setzero_si256(); 2]; GROUPS];
         for unit in 0..block.n_cols.div_ceil(32) {
             let raw = block.raw.as_ptr().add(unit * raw_bits * 128);
             prefetch(raw, raw_bits, next);
@@ -186,10 +188,16 @@ unsafe fn run<S: Sink>(plan: &Plan, entries: &[u32], block: &Block<'_>, sink: &m
                     }
                 }
                 for group in 0..GROUPS {
-                    let (low, high) = match S::WIDE && plan.format == Format::Bf16 {
+                    let (mut low, high) = match S::WIDE && plan.format == Format::Bf16 {
                         true => codes::<true>(plan, &entry, raw, group, quad),
                         false => codes::<false>(plan, &entry, raw, group, quad),
                     };
+                    if p.trellis {
+                        let [now, next] = grids[group];
+                        let odd = _mm256_and_si256(low, _mm256_set1_epi8(1));
+                        grids[group] = [_mm256_xor_si256(next, odd), now];
+                        low = _mm256_or_si256(_mm256_add_epi8(low, low), now);
+                    }
                     sink.quad(group, quad_index, low, high);
                 }
                 quad_index += 1;

@@ -161,6 +161,8 @@ unsafe fn run<const N: usize, const G: usize, S: Sink>(
         let ends: [*const u8; N] = std::array::from_fn(|n| blocks[n].stream.as_ptr().add(blocks[n].stream_bytes));
         let mut steps_left = n_cols.div_ceil(G);
         let mut quad_index = 0;
+        // With a trellis, the grids of the quad to come and of the one after it, as far as that is known.
+        let mut grids = [[[_mm512_setzero_si512(); 2]; 2]; N];
         for unit in 0..n_cols.div_ceil(32) {
             let raw: [*const u8; N] = std::array::from_fn(|n| blocks[n].raw.as_ptr().add(unit * raw_bits * 128));
             for n in 0..N {
@@ -205,6 +207,12 @@ unsafe fn run<const N: usize, const G: usize, S: Sink>(
                                 if S::WIDE {
                                     high = _mm512_xor_si512(high, map_bits(word, plan.high[quad][f]));
                                 }
+                            }
+                            if plan.params.trellis {
+                                let [now, next] = grids[n][half];
+                                let ones = _mm512_set1_epi8(1);
+                                grids[n][half] = [_mm512_ternarylogic_epi32::<0x78>(next, low, ones), now]; // next ^ (low & ones)
+                                low = _mm512_or_si512(_mm512_add_epi8(low, low), now);
                             }
                             sink.quad(n, half, quad_index, low, high);
                         }

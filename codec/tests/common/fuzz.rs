@@ -36,6 +36,7 @@ pub fn round_trip(data: &[u8]) {
         part_bits: 1 + u32::from(e) % 15,
         block_cols: 32 * (1 + u32::from(f) % 4),
         bias: if format == Format::Bf16 { i32::from(g) << 7 } else { 0 },
+        trellis: false,
     };
     let n_cols = 1 + usize::from(h) % 100;
     let n_rows = rest.len() / 2 / n_cols;

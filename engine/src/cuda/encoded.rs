@@ -1217,7 +1217,15 @@ mod tests {
         let stream = device.stream();
         let mut operand = kernels.operand(&device, 1024).unwrap();
         let heights = [5760, 96, 33];
-        let params = Params { parts_per_symbol: 8, table_bits: 10, raw_bits: 7, part_bits: 1, block_cols: 32, bias: 0 };
+        let params = Params {
+            parts_per_symbol: 8,
+            table_bits: 10,
+            raw_bits: 7,
+            part_bits: 1,
+            block_cols: 32,
+            bias: 0,
+            trellis: false,
+        };
         let encode = |n_rows: usize| {
             let options = EncodeOptions { format: Format::Int8, params: Some(params), ..Default::default() };
             parse(encode_tensor(&tensor(n_rows, 1024, n_rows as u64), &options).unwrap())
