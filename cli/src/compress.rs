@@ -47,6 +47,12 @@ pub struct Args {
     /// What to favour: size, speed (of decoding), or balanced
     #[arg(long, default_value = "balanced")]
     prefer: Prefer,
+    /// rate: codes of a trellis: 15 to 19 % less squared error at the same size, or 4 % smaller
+    ///
+    /// Two grids take turns, and which of them a weight is on follows from the codes before it; a search finds the codes of a row together. Up
+    /// to 6.3 bits. Compression takes about twice as long, decoding a little longer.
+    #[arg(long)]
+    trellis: bool,
     /// rate: encode the linear layers for the inputs that they have on a text [without FILE: text that the model writes]
     ///
     /// Runs the model layer by layer and rounds so that the error of its products is small, rather than that of its weights: at equal
@@ -328,6 +334,7 @@ fn run_on(args: Args, machine: &impl Load) -> CliResult {
             coder: args.coder,
             prefer: args.prefer,
             step: None,
+            trellis: args.trellis,
             params: None,
         },
         rate: args.target.get(),

@@ -11,13 +11,15 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// A format with its setting, as the user spells it: `bf16`, `int8`, `int8:tensor`, `fp8`, `rate:4.5`.
+/// A format with its setting, as the user spells it: `bf16`, `int8`, `int8:tensor`, `fp8`, `rate:4.5`, `rate:4.5:trellis`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Variant {
     pub format: Format,
     pub scale: ScaleMode,
     /// `rate`: bits per weight.
     pub bits: Option<f64>,
+    /// `rate`: codes of a trellis.
+    pub trellis: bool,
 }
 
 impl FromStr for Variant {
@@ -26,9 +28,12 @@ impl FromStr for Variant {
     fn from_str(text: &str) -> Result<Self, String> {
         let (format, setting) = text.split_once(':').map_or((text, None), |(format, setting)| (format, Some(setting)));
         let format: Format = format.parse().map_err(|e: codecllm_codec::Error| e.to_string())?;
-        let mut variant = Self { format, scale: ScaleMode::Channel, bits: None };
+        let mut variant = Self { format, scale: ScaleMode::Channel, bits: None, trellis: false };
         match (format, setting) {
-            (Format::Rate, Some(bits)) => {
+            (Format::Rate, Some(setting)) => {
+                let bits = setting.strip_suffix(":trellis");
+                variant.trellis = bits.is_some();
+                let bits = bits.unwrap_or(setting);
                 let bits = bits.parse().ok().filter(|bits: &f64| bits.is_finite() && *bits > 0.0);
                 variant.bits = Some(bits.ok_or_else(|| format!("`{text}`: expected bits per weight, as in rate:4.5"))?);
             }
@@ -46,7 +51,7 @@ impl FromStr for Variant {
 impl fmt::Display for Variant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.bits, self.scale) {
-            (Some(bits), _) => write!(f, "{}:{bits}", self.format),
+            (Some(bits), _) => write!(f, "{}:{bits}{}", self.format, if self.trellis { ":trellis" } else { "" }),
             (None, ScaleMode::Tensor) => write!(f, "{}:tensor", self.format),
             (None, ScaleMode::Channel) => write!(f, "{}", self.format),
         }
@@ -58,7 +63,12 @@ impl Variant {
     pub fn options(&self, layers: &Layers) -> CompressOptions {
         let target = if matches!(layers, Layers::All) { RateTarget::Bits } else { RateTarget::MatrixBits };
         CompressOptions {
-            encode: EncodeOptions { format: self.format, scale: self.scale, ..EncodeOptions::default() },
+            encode: EncodeOptions {
+                format: self.format,
+                scale: self.scale,
+                trellis: self.trellis,
+                ..EncodeOptions::default()
+            },
             rate: self.bits.map(target),
             layers: layers.clone(),
             ..CompressOptions::default()

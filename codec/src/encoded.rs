@@ -1198,7 +1198,7 @@ pub fn encode_with_feedback(
     options.check()?;
     let (n_rows, n_cols) = matrix_shape(t)?;
     let mut params = options.params;
-    let mut grid = Grid { step, raw_bits: None, targets };
+    let mut grid = Grid { step, raw_bits: None, trellis: None, targets };
     if options.coder == Coder::Rans {
         if params.is_none() {
             let nearest = match options.trellis {
@@ -1208,6 +1208,7 @@ pub fn encode_with_feedback(
             params = Some(params_for(&nearest, n_rows, n_cols, options));
         }
         grid.raw_bits = params.map(|p| p.raw_bits);
+        grid.trellis = params.filter(|p| p.trellis).map(|p| p.block_cols as usize);
     }
     let q = quantize_with_feedback(t, &grid, factor)?;
     encode_quantized(t, q, params, options)

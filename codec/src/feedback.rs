@@ -9,21 +9,22 @@
 
 use crate::checkpoint::Tensor;
 use crate::error::{Error, Result};
-use crate::format::Format;
 use crate::quantize::{
-    Codes, INT8_MAX, QuantizedTensor, Scales, cheapest_thresholds, grid_magnitude, matrix_shape, read_row,
-    row_magnitudes,
+    Codes, INT8_MAX, QuantizedTensor, TrellisRows, cheapest_thresholds, grid_magnitude, matrix_shape, read_row,
+    row_steps, scales_of,
 };
+use crate::trellis::{self, Costs, N_CODES, N_STATES, PHASES, next_state};
 use faer::linalg::matmul::matmul;
 use faer::linalg::solvers::Llt;
 use faer::prelude::Solve;
 use faer::{Accum, Mat, MatMut, MatRef, Par, Side};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Columns of a tile of second moments.
 const TILE: usize = 256;
-/// Columns that are rounded one after the other before the others learn of their errors.
-const BLOCK_COLS: usize = 64;
+/// Columns that are rounded one after the other before the others learn of their errors; with a trellis, of one phase.
+const RUN_COLS: usize = 64;
 /// Rows that a thread takes through all columns.
 const CHUNK_ROWS: usize = 64;
 /// One row of so many tells which scale fits best.
@@ -131,11 +132,39 @@ impl Drift {
     }
 }
 
+/// Columns that are rounded together, by their places in the order, and their phase.
+#[derive(Debug, Clone)]
+struct Run {
+    places: Range<usize>,
+    phase: usize,
+}
+
+/// The order in which `n` columns are rounded. A trellis decides on a phase's columns together: so these follow one another.
+fn runs_of(n: usize, trellis: bool) -> (Vec<usize>, Vec<Run>) {
+    let (mut order, mut runs) = (Vec::with_capacity(n), Vec::new());
+    let phases = if trellis { PHASES } else { 1 };
+    for start in (0..n).step_by(phases * RUN_COLS) {
+        for phase in 0..phases {
+            let first = order.len();
+            order.extend((start + phase..n.min(start + phases * RUN_COLS)).step_by(phases));
+            if order.len() > first {
+                runs.push(Run { places: first..order.len(), phase });
+            }
+        }
+    }
+    (order, runs)
+}
+
 /// The factor R of damped second moments, as error feedback needs it.
 #[derive(Debug, Clone)]
 pub struct InputFactor {
     width: usize,
     n_inputs: u64,
+    trellis: bool,
+    /// The order in which columns are rounded, which is that of all of the following; and where in it each column is.
+    order: Vec<usize>,
+    places: Vec<usize>,
+    runs: Vec<Run>,
     /// R in reversed order, as a lower factor.
     reversed: Llt<f64>,
     /// `R[k][j] / R[j][j]` at `k · width + j` for k < j, else 0.
@@ -147,19 +176,23 @@ pub struct InputFactor {
 }
 
 impl InputFactor {
-    /// Factors moments. Where they lack rank, the diagonal is raised until they have it; inputs that were always zero leave
-    /// the identity: plain rounding.
+    /// Factors moments, for codes of a trellis or for others. Where they lack rank, the diagonal is raised until they have it; inputs that were
+    /// always zero leave the identity: plain rounding.
     ///
     /// # Errors
     /// Moments that are not finite.
-    pub fn new(moments: &Moments) -> Result<Self> {
+    pub fn new(moments: &Moments, trellis: bool) -> Result<Self> {
         let n = moments.width;
+        let (order, runs) = runs_of(n, trellis);
+        let mut places = vec![0; n];
+        order.iter().enumerate().for_each(|(place, &col)| places[col] = place);
         // Reversed, so that the lower factor of this is the upper one of the moments.
         let mut reversed = Mat::<f64>::zeros(n, n);
         let (mut trace, mut is_finite) = (0.0, true);
         moments.for_each(|i, j, v| {
             is_finite &= v.is_finite();
-            reversed[(n - 1 - j, n - 1 - i)] = v;
+            let (first, last) = (places[i].min(places[j]), places[i].max(places[j]));
+            reversed[(n - 1 - first, n - 1 - last)] = v;
             trace += if i == j { v } else { 0.0 };
         });
         if !is_finite {
@@ -188,17 +221,13 @@ impl InputFactor {
                 row[j] = (lower[(n - 1 - k, n - 1 - j)] / lower[(n - 1 - j, n - 1 - j)]) as f32;
             }
         });
-        Ok(Self { width: n, n_inputs: moments.n_inputs, reversed: factor, unit, deviations, damping })
+        let n_inputs = moments.n_inputs;
+        Ok(Self { width: n, n_inputs, trellis, order, places, runs, reversed: factor, unit, deviations, damping })
     }
 
     /// Inputs of the product.
     pub fn width(&self) -> usize {
         self.width
-    }
-
-    /// The root mean square of what each input has that those after it do not tell.
-    pub fn deviations(&self) -> &[f32] {
-        &self.deviations
     }
 
     /// What the diagonal was raised by, as a share of its mean.
@@ -223,12 +252,13 @@ impl InputFactor {
             .par_chunks_mut(CHUNK_ROWS * n)
             .zip(drift.sums.par_chunks(CHUNK_ROWS * n))
             .map(|(gain, sums)| {
-                let mut solved = Mat::from_fn(n, sums.len() / n, |j, r| f64::from(sums[r * n + n - 1 - j]) * mean);
+                let drift = |j: usize, r: usize| f64::from(sums[r * n + self.order[n - 1 - j]]) * mean;
+                let mut solved = Mat::from_fn(n, sums.len() / n, drift);
                 self.reversed.solve_in_place(&mut solved);
                 let mut told = 0.0;
                 for (r, (gain, sums)) in gain.chunks_exact_mut(n).zip(sums.chunks_exact(n)).enumerate() {
                     for (j, (gain, sum)) in gain.iter_mut().zip(sums).enumerate() {
-                        let value = solved[(n - 1 - j, r)];
+                        let value = solved[(n - 1 - self.places[j], r)];
                         *gain = value as f32;
                         told += value * f64::from(*sum) * mean;
                     }
@@ -304,6 +334,8 @@ pub struct Grid<'a> {
     pub step: f32,
     /// Raw bits of the coder, or none where codes are to be the nearest ones.
     pub raw_bits: Option<u32>,
+    /// Codes of a trellis, in blocks of so many columns.
+    pub trellis: Option<usize>,
     /// The weights to come close to, `[n_rows, n_cols]`, where these are not the matrix's own.
     pub targets: Option<&'a [f32]>,
 }
@@ -340,17 +372,24 @@ impl Rows<'_> {
 pub fn quantize_with_feedback(t: &Tensor, grid: &Grid<'_>, factor: &InputFactor) -> Result<QuantizedTensor<'static>> {
     let (n_rows, n_cols) = matrix_shape(t)?;
     let step = grid.step;
-    if !(step.is_normal() && step > 0.0) {
-        return Err(Error::Parameter(format!("{step} is no step of a grid; it is a positive number")));
-    }
     check_width(factor.width, n_cols)?;
+    if grid.trellis.is_some() != factor.trellis {
+        return Err(Error::Parameter(
+            "the factor is for codes of a trellis and these are not, or the other way round".into(),
+        ));
+    }
     if grid.targets.is_some_and(|targets| targets.len() != n_rows * n_cols || !targets.iter().all(|w| w.is_finite())) {
         return Err(Error::Parameter(format!("a matrix of {n_rows} × {n_cols} needs as many targets, all finite")));
     }
-    let magnitudes = row_magnitudes(t, n_cols, Format::Rate)?;
-    let row_steps: Vec<f32> = magnitudes.iter().map(|a| step.max(a / INT8_MAX)).collect();
+    let row_steps = row_steps(t, n_cols, step, if grid.trellis.is_some() { trellis::MAX_STEPS } else { INT8_MAX })?;
     let rows = Rows { tensor: t, n_cols, row_bytes: t.data.len() / n_rows, targets: grid.targets };
-    let thresholds = rows.thresholds(&row_steps, grid.raw_bits);
+    let rounding = match grid.trellis {
+        Some(block_cols) => {
+            let rows = TrellisRows { tensor: t, n_cols, steps: &row_steps, block_cols };
+            Rounding::Trellis { costs: rows.costs(grid.raw_bits.unwrap_or(1)), block_cols }
+        }
+        None => Rounding::Grid(rows.thresholds(&row_steps, grid.raw_bits)),
+    };
 
     let mut codes = vec![0u8; n_rows * n_cols];
     let sums: Vec<Sums> = codes
@@ -358,7 +397,7 @@ pub fn quantize_with_feedback(t: &Tensor, grid: &Grid<'_>, factor: &InputFactor)
         .zip(row_steps.par_chunks(CHUNK_ROWS))
         .enumerate()
         .map_init(Scratch::default, |scratch, (i, (codes, steps))| {
-            rows.round(i * CHUNK_ROWS, steps, &thresholds, factor, scratch, codes)
+            rows.round(i * CHUNK_ROWS, steps, &rounding, factor, scratch, codes)
         })
         .collect();
     // Summed in order, so that the scale does not depend on the number of threads.
@@ -366,23 +405,129 @@ pub fn quantize_with_feedback(t: &Tensor, grid: &Grid<'_>, factor: &InputFactor)
     // The one with the least error of the products.
     let fit = if output_point > 0.0 { (1.0 + output_cross / output_point).clamp(0.5, 2.0) } else { 1.0 };
     let error = weight - 2.0 * fit * cross + fit * fit * point;
-    let scale = |step: f32| (fit * f64::from(step)) as f32;
-    let scales = match row_steps.iter().all(|&s| s == step) {
-        true => Scales::Tensor(scale(step)),
-        false => Scales::Channel(row_steps.into_iter().map(scale).collect()),
-    };
+    let scales = scales_of(step, row_steps, fit);
     let relative_error = if weight > 0.0 { (error.max(0.0) / weight).sqrt() as f32 } else { 0.0 };
     Ok(QuantizedTensor { codes: Codes::U8(codes.into()), scales, relative_error })
+}
+
+/// How weights become codes.
+enum Rounding {
+    /// On a grid, from these fractions of a step on to the upper point.
+    Grid([f32; 128]),
+    /// By a trellis.
+    Trellis { costs: Costs, block_cols: usize },
 }
 
 /// What a thread reuses.
 #[derive(Default)]
 struct Scratch {
+    row: Vec<f32>,
     original: Vec<f32>,
     weights: Vec<f32>,
     errors: Vec<f32>,
     points: Vec<f32>,
     outputs: Vec<f32>,
+    /// In the factor's order.
+    codes: Vec<u8>,
+    paths: Box<Paths>,
+}
+
+/// What a search with feedback keeps of a run's paths: each has errors of its own to make up for.
+struct Paths {
+    /// By state: what the columns to come are to be rounded to, in steps.
+    targets: [[f32; RUN_COLS]; N_STATES],
+    next: [[f32; RUN_COLS]; N_STATES],
+    /// `[column][state behind it]`: the state before it, and the code.
+    steps: [[(u8, i8); N_STATES]; RUN_COLS],
+}
+
+impl Default for Paths {
+    fn default() -> Self {
+        let none = [[0.0; RUN_COLS]; N_STATES];
+        Self { targets: none, next: none, steps: [[(0, 0); N_STATES]; RUN_COLS] }
+    }
+}
+
+/// A row's part of a run, in the factor's order.
+struct RowRun<'a> {
+    /// What the columns are to be rounded to before any of them is, and what they were before all feedback.
+    targets: &'a [f32],
+    original: &'a [f32],
+    step: f32,
+    /// What an error and a bit of each column weigh.
+    weights: &'a [f32],
+    /// Where the columns are in the matrix.
+    cols: &'a [usize],
+    block_cols: usize,
+}
+
+impl Paths {
+    /// The codes of a run from `state` on that cost least, by Viterbi's algorithm in which every path has its own feedback; the state
+    /// behind it. `unit(j)`: what an error of column j adds to the run's columns.
+    fn search<'u>(
+        &mut self,
+        run: &RowRun<'_>,
+        unit: impl Fn(usize) -> &'u [f32],
+        costs: &Costs,
+        state: usize,
+        codes: &mut [u8],
+    ) -> usize {
+        let width = codes.len();
+        let mut totals = [f32::INFINITY; N_STATES];
+        totals[state] = 0.0;
+        self.targets[state].iter_mut().zip(run.targets).for_each(|(to, target)| *to = target / run.step);
+        let cheapest =
+            |totals: &[f32; N_STATES]| (1..N_STATES).fold(0, |a, b| if totals[b] < totals[a] { b } else { a });
+        for j in 0..width {
+            if run.cols[j] % run.block_cols < PHASES {
+                // A block begins, from the first state: of the paths before, the cheapest goes on.
+                let best = cheapest(&totals);
+                self.targets[0] = self.targets[best];
+                totals = [f32::INFINITY; N_STATES];
+                totals[0] = 0.0;
+                if j > 0 {
+                    self.steps[j - 1][0] = self.steps[j - 1][best];
+                }
+            }
+            let mut reached = [(f32::INFINITY, 0usize, 0i8); N_STATES];
+            for (before, total) in totals.iter().enumerate().filter(|(_, total)| total.is_finite()) {
+                let (x, grid) = (self.targets[before][j], before >> 1);
+                for parity in 0..2 {
+                    let code = trellis::nearest(x, grid, parity);
+                    let error = x - (2 * i32::from(code) + grid as i32) as f32;
+                    let cost = costs[(i32::from(code) + 64) as usize & (N_CODES - 1)];
+                    let total = total + run.weights[j] * (error * error + cost);
+                    let reached = &mut reached[next_state(before, parity)];
+                    if total < reached.0 {
+                        *reached = (total, before, code);
+                    }
+                }
+            }
+            let unit = &unit(j)[j + 1..width];
+            let original = run.original[j] / run.step;
+            for (state, &(total, before, code)) in reached.iter().enumerate() {
+                totals[state] = total;
+                if !total.is_finite() {
+                    continue;
+                }
+                self.steps[j][state] = (before as u8, code);
+                let error = original - (2 * i32::from(code) + (before >> 1) as i32) as f32;
+                let targets = &self.targets[before][j + 1..width];
+                for ((next, target), unit) in self.next[state][j + 1..width].iter_mut().zip(targets).zip(unit) {
+                    *next = target + error * unit;
+                }
+            }
+            std::mem::swap(&mut self.targets, &mut self.next);
+        }
+        let end = cheapest(&totals);
+        let mut state = end;
+        for j in (0..width).rev() {
+            let (before, code) = self.steps[j][state];
+            codes[j] = code as u8;
+            state = before.into();
+        }
+        end
+    }
 }
 
 /// Sums over rows, from which the scale and the errors follow. A point is code · step.
@@ -441,49 +586,88 @@ impl Rows<'_> {
         thresholds
     }
 
-    /// Rounds the rows from `first` on, `codes` being theirs.
+    /// Rounds the rows from `first` on, `out` being their codes.
     fn round(
         &self,
         first: usize,
         steps: &[f32],
-        thresholds: &[f32; 128],
+        rounding: &Rounding,
         factor: &InputFactor,
         scratch: &mut Scratch,
-        codes: &mut [u8],
+        out: &mut [u8],
     ) -> Sums {
         let (n, n_rows) = (self.n_cols, steps.len());
-        let Scratch { original, weights, errors, points, outputs } = scratch;
+        let Scratch { row, original, weights, errors, points, outputs, codes, paths } = scratch;
+        row.resize(n, 0.0);
         original.resize(n_rows * n, 0.0);
         points.resize(n_rows * n, 0.0);
-        errors.resize(n_rows * BLOCK_COLS, 0.0);
-        original.chunks_exact_mut(n).enumerate().for_each(|(r, row)| self.read_target(first + r, row));
+        codes.resize(n_rows * n, 0);
+        errors.resize(n_rows * RUN_COLS, 0.0);
+        // In the factor's order, as all that follows.
+        let read = |original: &mut [f32], row: &mut [f32], is_target: bool| {
+            for (r, ordered) in original.chunks_exact_mut(n).enumerate() {
+                if is_target {
+                    self.read_target(first + r, row)
+                } else {
+                    self.read(first + r, row)
+                }
+                ordered.iter_mut().zip(&factor.order).for_each(|(w, &col)| *w = row[col]);
+            }
+        };
+        read(original, row, true);
         weights.clone_from(original);
         let unit = MatRef::from_row_major_slice(&factor.unit, n, n);
-        for start in (0..n).step_by(BLOCK_COLS) {
-            let end = (start + BLOCK_COLS).min(n);
+        let mut states = vec![[0usize; PHASES]; n_rows];
+        let column_weights: Vec<f32> = factor.deviations.iter().map(|d| d * d).collect();
+        for Run { places, phase } in &factor.runs {
+            let &Range { start, end } = places;
             let width = end - start;
+            let unit_of = |j: usize| &factor.unit[(start + j) * n + start..][..width];
             for (r, step) in steps.iter().enumerate() {
                 let (row, original) = (&mut weights[r * n..][start..end], &original[r * n..][start..end]);
                 let (codes, points) = (&mut codes[r * n..][start..end], &mut points[r * n..][start..end]);
-                let errors = &mut errors[r * BLOCK_COLS..][..width];
-                for j in 0..width {
-                    let magnitude = grid_magnitude(row[j].abs() / step, thresholds);
-                    codes[j] = if row[j] < 0.0 { magnitude.wrapping_neg() } else { magnitude };
-                    points[j] = (f32::from(magnitude) * step).copysign(row[j]);
+                let errors = &mut errors[r * RUN_COLS..][..width];
+                let mut feed_back = |row: &mut [f32], points: &[f32], j: usize| {
                     errors[j] = original[j] - points[j];
-                    let unit = &factor.unit[(start + j) * n + start..][j + 1..width];
-                    row[j + 1..].iter_mut().zip(unit).for_each(|(w, u)| *w += errors[j] * u);
+                    row[j + 1..].iter_mut().zip(&unit_of(j)[j + 1..]).for_each(|(w, u)| *w += errors[j] * u);
+                };
+                match rounding {
+                    Rounding::Grid(thresholds) => {
+                        for j in 0..width {
+                            let magnitude = grid_magnitude(row[j].abs() / step, thresholds);
+                            codes[j] = if row[j] < 0.0 { magnitude.wrapping_neg() } else { magnitude };
+                            points[j] = (f32::from(magnitude) * step).copysign(row[j]);
+                            feed_back(row, points, j);
+                        }
+                    }
+                    Rounding::Trellis { costs, block_cols } => {
+                        let cols = &factor.order[start..end];
+                        let weights = &column_weights[start..end];
+                        let (step, block_cols) = (*step, *block_cols);
+                        let run = RowRun { targets: row, original, step, weights, cols, block_cols };
+                        let mut state = states[r][*phase];
+                        states[r][*phase] = paths.search(&run, unit_of, costs, state, codes);
+                        for j in 0..width {
+                            state = if cols[j] % block_cols < PHASES { 0 } else { state };
+                            points[j] = (2 * i32::from(codes[j] as i8) + (state >> 1) as i32) as f32 * step;
+                            state = next_state(state, usize::from(codes[j] & 1));
+                            feed_back(row, points, j);
+                        }
+                    }
                 }
             }
             if end < n {
-                let errors = MatRef::from_row_major_slice_with_stride(errors, n_rows, width, BLOCK_COLS);
+                let errors = MatRef::from_row_major_slice_with_stride(errors, n_rows, width, RUN_COLS);
                 let rest = MatMut::from_row_major_slice_mut(weights, n_rows, n).subcols_mut(end, n - end);
                 matmul(rest, Accum::Add, errors, unit.submatrix(start, end, width, n - end), 1.0, Par::Seq);
             }
         }
+        for (codes, out) in codes.chunks_exact(n).zip(out.chunks_exact_mut(n)) {
+            codes.iter().zip(&factor.order).for_each(|(code, &col)| out[col] = *code);
+        }
         let mut sums = Sums::default();
         if self.targets.is_some() {
-            original.chunks_exact_mut(n).enumerate().for_each(|(r, row)| self.read(first + r, row));
+            read(original, row, false);
         }
         for (w, p) in original.iter().zip(&*points) {
             let (w, p) = (f64::from(*w), f64::from(*p));
@@ -493,6 +677,7 @@ impl Rows<'_> {
         }
         // (Σ over k ≤ j of point_k · R_kj) / R_jj, for some of the rows: one number is to be fitted.
         let sampled = n_rows.div_ceil(FIT_STRIDE);
+        outputs.clear();
         outputs.resize(sampled * n, 0.0);
         let points_of = MatRef::from_row_major_slice_with_stride(points, sampled, n, n * FIT_STRIDE.min(n_rows));
         let product = MatMut::from_row_major_slice_mut(outputs, sampled, n);
@@ -515,7 +700,7 @@ impl Rows<'_> {
 mod tests {
     use super::*;
     use crate::checkpoint::Dtype;
-    use crate::quantize::quantize_to_step;
+    use crate::quantize::{Scales, quantize_to_step, quantize_to_trellis};
 
     /// Pseudo-random numbers of about unit variance.
     fn noise(n: usize, seed: u64) -> Vec<f32> {
@@ -548,7 +733,7 @@ mod tests {
     fn factor(x: &[f32], width: usize) -> InputFactor {
         let mut moments = Moments::new(width);
         moments.add(x);
-        InputFactor::new(&moments).unwrap()
+        InputFactor::new(&moments, false).unwrap()
     }
 
     fn values(q: &QuantizedTensor<'_>, n_cols: usize) -> Vec<f32> {
@@ -609,7 +794,7 @@ mod tests {
         });
         let raised = DAMPING * (0..width).map(|i| mean[i * width + i]).sum::<f64>() / width as f64;
         (0..width).for_each(|i| mean[i * width + i] += raised);
-        let factor = InputFactor::new(&moments).unwrap();
+        let factor = InputFactor::new(&moments, false).unwrap();
         let r = |k: usize, j: usize| {
             let unit = if k == j { 1.0 } else { f64::from(factor.unit[k * width + j]) };
             unit * f64::from(factor.deviations[j])
@@ -629,7 +814,7 @@ mod tests {
         let t = tensor(&w, n_cols);
         let factor = factor(&x, n_cols);
         for (step, raw_bits) in [(0.1, None), (0.4, Some(0)), (1.0, Some(0)), (0.1, Some(2))] {
-            let grid = Grid { step, raw_bits, targets: None };
+            let grid = Grid { step, raw_bits, trellis: None, targets: None };
             let found = quantize_with_feedback(&t, &grid, &factor).unwrap();
             let plain = quantize_to_step(&t, step, raw_bits).unwrap();
             let error = |q| output_error(&w, &values(q, n_cols), &x, n_cols);
@@ -637,6 +822,38 @@ mod tests {
             // It costs no bits to speak of.
             assert!(found.codes.entropy_bits() < plain.codes.entropy_bits() + 0.1);
             assert!(found.relative_error >= plain.relative_error);
+        }
+    }
+
+    #[test]
+    fn a_trellis_lowers_the_error_at_the_same_bits() {
+        // Blocks that end within a run, and rows of several.
+        for (n_rows, n_cols, block_cols) in [(70, 530, 544), (30, 530, 96), (5, 3, 32)] {
+            let (w, x) = (noise(n_rows * n_cols, 1), inputs(1200, n_cols, 20, 0.3));
+            let t = tensor(&w, n_cols);
+            let mut moments = Moments::new(n_cols);
+            moments.add(&x);
+            let factor = InputFactor::new(&moments, true).unwrap();
+            let plain_factor = InputFactor::new(&moments, false).unwrap();
+            let grid = |step, trellis| Grid { step, raw_bits: Some(2), trellis, targets: None };
+            let of_stream = |q: &QuantizedTensor<'_>| {
+                let mut q = q.clone();
+                let Codes::U8(codes) = &mut q.codes else { panic!("codes of a byte") };
+                codes.to_mut().chunks_exact_mut(n_cols).for_each(|row| trellis::values(row, block_cols));
+                output_error(&w, &values(&q, n_cols), &x, n_cols)
+            };
+            // As many bits: each grid has the same distance.
+            let found = quantize_with_feedback(&t, &grid(0.2, Some(block_cols)), &factor).unwrap();
+            let plain = quantize_with_feedback(&t, &grid(0.4, None), &plain_factor).unwrap();
+            let without = quantize_to_trellis(&t, 0.2, 2, block_cols).unwrap();
+            let plain_error = output_error(&w, &values(&plain, n_cols), &x, n_cols);
+            let (error, bits) = (of_stream(&found), found.codes.entropy_bits());
+            assert!(error < 0.5 * of_stream(&without) || n_cols < 64, "{error}");
+            if n_cols > 64 {
+                assert!(bits < plain.codes.entropy_bits() + 0.02, "{bits} {}", plain.codes.entropy_bits());
+                assert!(error < 0.9 * plain_error, "{n_rows} {block_cols}: {error} against {plain_error}");
+            }
+            assert!(quantize_with_feedback(&t, &grid(0.2, None), &factor).is_err());
         }
     }
 
@@ -681,7 +898,7 @@ mod tests {
         assert!(share < 0.3, "{share}");
         assert!(factor.correction(&Drift::new(n_cols + 1)).is_err());
 
-        let grid = Grid { step: 0.1, raw_bits: Some(0), targets: Some(&corrected) };
+        let grid = Grid { step: 0.1, raw_bits: Some(0), trellis: None, targets: Some(&corrected) };
         let q = quantize_with_feedback(&t, &grid, &factor).unwrap();
         assert!(error(&values(&q, n_cols)) < 0.3 * error(&w));
         let grid = Grid { targets: Some(&corrected[1..]), ..grid };
@@ -703,13 +920,13 @@ mod tests {
             assert!(factor.deviations.iter().chain(&factor.unit).all(|v| v.is_finite()));
             assert!(factor.deviations.iter().all(|d| *d > 0.0), "{:?}", factor.deviations);
             let w = noise(33 * width, 2);
-            let grid = Grid { step: 0.3, raw_bits: Some(0), targets: None };
+            let grid = Grid { step: 0.3, raw_bits: Some(0), trellis: None, targets: None };
             let q = quantize_with_feedback(&tensor(&w, width), &grid, &factor).unwrap();
             assert!(values(&q, width).iter().all(|v| v.is_finite()));
         }
         let mut moments = Moments::new(width);
         moments.add(&vec![f32::NAN; width]);
-        assert!(InputFactor::new(&moments).unwrap_err().to_string().contains("not a number"));
+        assert!(InputFactor::new(&moments, false).unwrap_err().to_string().contains("not a number"));
     }
 
     #[test]
@@ -728,7 +945,7 @@ mod tests {
             (rank_one, 0.2),
             (outlier.clone(), 0.2),
         ] {
-            let grid = Grid { step, raw_bits: Some(0), targets: None };
+            let grid = Grid { step, raw_bits: Some(0), trellis: None, targets: None };
             let q = quantize_with_feedback(&tensor(&w, n_cols), &grid, &factor).unwrap();
             assert!(q.relative_error.is_finite() && q.relative_error < 0.7, "{}", q.relative_error);
             let found = values(&q, n_cols);
@@ -738,7 +955,7 @@ mod tests {
             }
         }
         // The outlier's row takes a coarser step; the others keep theirs.
-        let grid = Grid { step: 0.2, raw_bits: Some(0), targets: None };
+        let grid = Grid { step: 0.2, raw_bits: Some(0), trellis: None, targets: None };
         let q = quantize_with_feedback(&tensor(&outlier, n_cols), &grid, &factor).unwrap();
         let Scales::Channel(scales) = &q.scales else { panic!("a row has its own step") };
         let row = 1234 / n_cols;

@@ -458,11 +458,12 @@ const SEARCH_ROWS: usize = 4;
 const COUNT_STRIDE: usize = 16;
 
 /// A matrix for which codes of a [trellis] are looked for.
-struct TrellisRows<'a> {
-    tensor: &'a Tensor,
-    n_cols: usize,
-    steps: &'a [f32],
-    block_cols: usize,
+pub(crate) struct TrellisRows<'a> {
+    pub tensor: &'a Tensor,
+    pub n_cols: usize,
+    /// Of each row.
+    pub steps: &'a [f32],
+    pub block_cols: usize,
 }
 
 impl TrellisRows<'_> {
@@ -488,7 +489,7 @@ impl TrellisRows<'_> {
     }
 
     /// What codes cost, from what occurs in some of the rows.
-    fn costs(&self, raw_bits: u32) -> Costs {
+    pub fn costs(&self, raw_bits: u32) -> Costs {
         let n_rows = self.steps.len();
         let all: Vec<usize> =
             (0..n_rows).step_by(SEARCH_ROWS * COUNT_STRIDE.min(n_rows.div_ceil(SEARCH_ROWS * 4))).collect();

@@ -82,11 +82,11 @@ pub(crate) fn next_state(state: usize, parity: usize) -> usize {
     (then ^ parity) << 1 | grid
 }
 
-/// The code of parity `parity` on grid `grid` whose value is nearest to `x`.
+/// The code of parity `parity` on grid `grid` whose value is nearest to `x`, of those of eight bits.
 #[inline(always)]
 pub(crate) fn nearest(x: f32, grid: usize, parity: usize) -> i8 {
     const MAGIC: f32 = 12_582_912.0; // 1.5·2^23: rounds to a whole number, ties to even
-    let k = ((x - (2 * parity + grid) as f32) * 0.25 + MAGIC) - MAGIC;
+    let k = ((x.clamp(-124.0, 124.0) - (2 * parity + grid) as f32) * 0.25 + MAGIC) - MAGIC;
     2 * k as i8 + parity as i8
 }
 

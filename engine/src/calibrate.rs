@@ -129,6 +129,7 @@ pub fn calibrate<B: Backend>(
         checkpoint: &checkpoint,
         scratch,
         progress,
+        trellis: options.encode.trellis,
         left: linear.iter().filter_map(|planned| planned.bits).sum(),
         planned: linear.into_iter().map(|planned| (planned.name.clone(), planned)).collect(),
         surplus: 0.0,
@@ -172,6 +173,7 @@ struct Job<'a> {
     checkpoint: &'a Checkpoint,
     scratch: &'a Path,
     progress: &'a dyn Progress,
+    trellis: bool,
     /// Matrices that are still to be encoded.
     planned: HashMap<String, PlannedTensor>,
     /// Their planned bits together.
@@ -213,7 +215,7 @@ impl Job<'_> {
                     continue;
                 }
                 let (moments, drift) = self.moments(original, model, layer, site, &streams, &mut cache)?;
-                let factor = InputFactor::new(&moments)?;
+                let factor = InputFactor::new(&moments, self.trellis)?;
                 drop(moments);
                 let correction = drift.map(|drift| factor.correction(&drift)).transpose()?;
                 for (module, planned) in wanted {

@@ -127,7 +127,17 @@ fn calibration_hits_the_size_and_lowers_the_divergence_at_every_rate() {
         assert!((found / bits - 1.0).abs() < 0.01, "{bits}: {found}");
         let (plain, _) = archive(source.path(), dir.path(), &options, None, 2);
         let (with, without) = (kld(&calibrated, source.path(), &other), kld(&plain, source.path(), &other));
-        println!("{bits} bits/weight: {with:.5} calibrated, {without:.5} not");
+        let mut of_trellis = options.clone();
+        of_trellis.encode.trellis = true;
+        let trellis_dir = TempDir::new().unwrap();
+        let (trellis, summary) = archive(source.path(), trellis_dir.path(), &of_trellis, Some(&text), 2);
+        let found = 8.0 * summary.archive_bytes as f64 / summary.n_weights as f64;
+        assert!((found / bits - 1.0).abs() < 0.01, "{bits}, trellis: {found}");
+        let with_trellis = kld(&trellis, source.path(), &other);
+        println!("{bits} bits/weight: {with:.5} calibrated, {with_trellis:.5} with a trellis, {without:.5} not");
+        assert!(with_trellis < 0.92 * with, "{bits}: {with_trellis} with a trellis, {with} without");
+        let report = verify(&trellis, Some(source.path()), &[Cpu::Scalar, Cpu::detect()], &Silent).unwrap();
+        assert_eq!(report.status, Status::Proven, "{:#?}", report.checks);
         assert!(with < 0.85 * without, "{bits}: {with}, {without}");
         assert!(with < before, "{bits}: {with}, {before} with fewer bits");
         before = with;

@@ -33,6 +33,7 @@ def compress(
     bits: float | None = None,
     size: int | None = None,
     step: float | None = None,
+    trellis: bool = False,
     scale: Scale = "channel",
     coder: Coder = "rans",
     prefer: Prefer = "balanced",
@@ -44,7 +45,8 @@ def compress(
     """Compress the checkpoint in the directory `src` into the archive `dst`; what was done.
 
     `format`: `bf16` is lossless; `fp8`, `int8` have a scale a channel (or, with `scale="tensor"`, a tensor); `rate` meets `bits`
-    per weight or a `size` in bytes, both of the whole archive, or takes a `step` in standard deviations. `prefer`: `size`, `balanced`,
+    per weight or a `size` in bytes, both of the whole archive, or takes a `step` in standard deviations, and with `trellis` has less error at the
+    same size. `prefer`: `size`, `balanced`,
     or `speed` on GPUs. `layers`: `all`, a number of linear layers, a range like `3..8`, or a regular expression on names.
 
     `dst` appears only when it is complete. `force` replaces an archive; `resume` takes over the finished files of an interrupted
@@ -53,8 +55,8 @@ def compress(
     Raises `ValueError` for options that do not fit, `FormatError` and `UnsupportedError` for sources, `OSError`, and
     `KeyboardInterrupt` after Ctrl-C, between two tensors.
     """
-    options = {"format": format, "bits": bits, "size": size, "step": step, "scale": scale, "coder": coder}
-    more = {"prefer": prefer, "layers": layers, "force": force, "resume": resume, "progress": progress}
+    options = {"format": format, "bits": bits, "size": size, "step": step, "trellis": trellis}
+    more = {"scale": scale, "coder": coder, "prefer": prefer, "layers": layers, "force": force, "resume": resume, "progress": progress}
     return cast("dict[str, Any]", json.loads(_core.compress(src, dst, **options, **more)))
 
 

@@ -57,6 +57,7 @@ def encode(
     shape: list[int],
     *,
     format: str,
+    trellis: bool,
     scale: str,
     coder: str,
     prefer: str,
@@ -64,7 +65,7 @@ def encode(
     params: tuple[int, ...] | None,
 ) -> NDArray[np.uint8]: ...
 def choose_steps(
-    sources: list[tuple[str, NDArray[np.uint8], str, list[int]]], bits: float, coder: str, prefer: str
+    sources: list[tuple[str, NDArray[np.uint8], str, list[int]]], bits: float, trellis: bool, coder: str, prefer: str
 ) -> list[tuple[float, tuple[int, ...] | None]]: ...
 def product(
     weight: NDArray[np.uint8],

@@ -389,18 +389,19 @@ class CompressedLinear(_Compressed):
         *,
         bits: float | None = None,
         step: float | None = None,
+        trellis: bool = False,
         scale: Scale = "channel",
         coder: Coder = "rans",
         prefer: Prefer = "balanced",
     ) -> CompressedLinear:
         """Encode a layer's weight; the result is on the same device. `rate` takes `bits` per weight, or the `step` of its grid in
-        units of the weights."""
+        units of the weights; with `trellis` it has less error at the same bits."""
         choice: _Choice = (step, None)
         if format == "rate" and step is None:
             if bits is None:
                 raise ValueError("format `rate` needs `bits` or `step`")
-            choice = _core.choose_steps([("weight", *_bytes_of(linear.weight))], bits, coder, prefer)[0]
-        data = _encode(linear.weight, format, choice, scale, coder, prefer)
+            choice = _core.choose_steps([("weight", *_bytes_of(linear.weight))], bits, trellis, coder, prefer)[0]
+        data = _encode(linear.weight, format, choice, trellis, scale, coder, prefer)
         layer = cls.from_encoded(data, linear.bias, linear.weight.device)
         layer.train(linear.training)
         return layer
@@ -549,9 +550,12 @@ def _bytes_of(weight: Tensor) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], str,
     return weight.view(torch.uint8).reshape(-1).numpy(), _NAMES[weight.dtype], list(weight.shape)
 
 
-def _encode(weight: Tensor, format: str, choice: _Choice, scale: str, coder: str, prefer: str) -> Tensor:
+def _encode(
+    weight: Tensor, format: str, choice: _Choice, trellis: bool, scale: str, coder: str, prefer: str
+) -> Tensor:
     step, params = choice if format == "rate" else (None, None)
-    options: Any = {"format": format, "scale": scale, "coder": coder, "prefer": prefer, "step": step, "params": params}
+    options: Any = {"format": format, "trellis": trellis, "scale": scale, "coder": coder, "prefer": prefer}
+    options |= {"step": step, "params": params}
     return torch.from_numpy(_core.encode(*_bytes_of(weight), **options))
 
 
@@ -565,6 +569,7 @@ def compress_model_(
     format: Format = "int8",
     *,
     bits: float | None = None,
+    trellis: bool = False,
     scale: Scale = "channel",
     coder: Coder = "rans",
     prefer: Prefer | None = None,
@@ -576,7 +581,7 @@ def compress_model_(
 
     `skip`: layers whose names end with one of these stay as they are. A layer that shares its weight with an embedding is
     compressed with it where `embeddings` are, and else left alone; the experts of Transformers' mixtures become compressed layers, too.
-    `format="rate"` meets `bits` per weight over the layers that are compressed. `prefer` is `speed` for layers on a GPU, else
+    `format="rate"` meets `bits` per weight over the layers that are compressed, with `trellis` at less error. `prefer` is `speed` for layers on a GPU, else
     `balanced`. `progress(done, total, name)` counts bytes.
 
     A model of Transformers can then be saved with `save_pretrained` and loaded with `from_pretrained`, compressed.
@@ -614,7 +619,7 @@ def compress_model_(
     choices: list[_Choice] = [(None, None)] * len(jobs)
     if bits is not None:
         sources = [(f"{group[0][0]}.weight", *_bytes_of(group[0][1].weight)) for group in jobs]
-        choices = list(_core.choose_steps(sources, bits, coder, favour(jobs[0][0][1].weight)))
+        choices = list(_core.choose_steps(sources, bits, trellis, coder, favour(jobs[0][0][1].weight)))
         del sources
     total = sum(group[0][1].weight.nbytes for group in jobs)
     done = 0
@@ -624,7 +629,7 @@ def compress_model_(
         if progress:
             progress(done, total, name)
         try:
-            data = _encode(weight, format, choice, scale, coder, favour(weight))
+            data = _encode(weight, format, choice, trellis, scale, coder, favour(weight))
         except ValueError as e:
             raise type(e)(f"layer `{name}`: {e}") from None
         shared = nn.Parameter(data.to(weight.device), requires_grad=False)

@@ -43,7 +43,7 @@ class CodecConfig(QuantizationConfigMixin):
     """How a model is compressed.
 
     An archive's `config.json` has it. Given to `from_pretrained` with a plain checkpoint, it compresses the model once that is loaded:
-    `format`, `bits`, `scale`, `coder`, `prefer` and `embeddings` are those of `codecllm.torch.compress_model_`, and
+    `format`, `bits`, `trellis`, `scale`, `coder`, `prefer` and `embeddings` are those of `codecllm.torch.compress_model_`, and
     `modules_to_not_convert` its `skip`.
     """
 
@@ -52,6 +52,7 @@ class CodecConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         format: str = "int8",
         bits: float | None = None,
+        trellis: bool = False,
         scale: str | None = "channel",
         coder: str = "rans",
         prefer: str | None = None,
@@ -62,6 +63,7 @@ class CodecConfig(QuantizationConfigMixin):
         self.quant_method: Any = quant_method
         self.format = format
         self.bits = bits
+        self.trellis = trellis
         self.scale = scale
         self.coder = coder
         self.prefer = prefer
@@ -336,7 +338,8 @@ class CodecQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
             c = self.quantization_config
-            options: Any = {"bits": c.bits, "scale": c.scale or "channel", "coder": c.coder, "prefer": c.prefer}
+            options: Any = {"bits": c.bits, "trellis": c.trellis, "scale": c.scale or "channel", "coder": c.coder}
+            options["prefer"] = c.prefer
             format: Any = c.format
             skip = c.modules_to_not_convert or ()
             compress_model_(model, format, skip=skip, embeddings=c.embeddings, **options)

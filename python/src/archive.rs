@@ -103,7 +103,7 @@ fn json(value: &impl Serialize) -> String {
 
 /// Compresses a checkpoint into an archive; see `codecllm.compress`.
 #[pyfunction]
-#[pyo3(signature = (src, dst, *, format, bits, size, step, scale, coder, prefer, layers, force, resume, progress))]
+#[pyo3(signature = (src, dst, *, format, bits, size, step, trellis, scale, coder, prefer, layers, force, resume, progress))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
 fn compress(
     py: Python<'_>,
@@ -113,6 +113,7 @@ fn compress(
     bits: Option<f64>,
     size: Option<u64>,
     step: Option<f64>,
+    trellis: bool,
     scale: &str,
     coder: &str,
     prefer: &str,
@@ -124,7 +125,7 @@ fn compress(
     let targets = [bits.map(RateTarget::Bits), size.map(RateTarget::Bytes), step.map(RateTarget::Step)];
     let mut targets = targets.into_iter().flatten();
     let rate = targets.next();
-    let encode = encode_options(format, scale, coder, prefer, None)?;
+    let encode = encode_options(format, trellis, scale, coder, prefer, None)?;
     let problem = match (rate, targets.next()) {
         (_, Some(_)) => Some("give one of `bits`, `size` and `step`"),
         (None, None) if encode.format == Format::Rate => Some("format `rate` needs one of `bits`, `size` and `step`"),

@@ -37,6 +37,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// How to encode, from the names that Python has.
 pub fn encode_options(
     format: &str,
+    trellis: bool,
     scale: &str,
     coder: &str,
     prefer: &str,
@@ -44,7 +45,8 @@ pub fn encode_options(
 ) -> PyResult<EncodeOptions> {
     let parse = || -> CodecResult<EncodeOptions> {
         let (format, scale) = (format.parse::<Format>()?, scale.parse::<ScaleMode>()?);
-        Ok(EncodeOptions { format, scale, coder: coder.parse::<Coder>()?, prefer: prefer.parse()?, step, params: None })
+        let (coder, prefer) = (coder.parse::<Coder>()?, prefer.parse()?);
+        Ok(EncodeOptions { format, scale, coder, prefer, step, trellis, params: None })
     };
     parse().map_err(errors::codec)
 }
@@ -282,7 +284,7 @@ fn dtype_of(name: &str) -> PyResult<Dtype> {
 
 /// Encodes a matrix, given as its bytes: the bytes of `docs/format.md`.
 #[pyfunction]
-#[pyo3(signature = (data, dtype, shape, *, format, scale, coder, prefer, step, params))]
+#[pyo3(signature = (data, dtype, shape, *, format, trellis, scale, coder, prefer, step, params))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
 fn encode<'py>(
     py: Python<'py>,
@@ -290,20 +292,16 @@ fn encode<'py>(
     dtype: &str,
     shape: Vec<usize>,
     format: &str,
+    trellis: bool,
     scale: &str,
     coder: &str,
     prefer: &str,
     step: Option<f32>,
     params: Option<CoderParams>,
 ) -> PyResult<Bound<'py, PyArray1<u8>>> {
-    let mut options = encode_options(format, scale, coder, prefer, step)?;
-    options.params = params.map(|(parts_per_symbol, table_bits, raw_bits, part_bits, block_cols, bias)| Params {
-        parts_per_symbol,
-        table_bits,
-        raw_bits,
-        part_bits,
-        block_cols,
-        bias,
+    let mut options = encode_options(format, trellis, scale, coder, prefer, step)?;
+    options.params = params.map(|(parts_per_symbol, table_bits, raw_bits, part_bits, block_cols, bias, trellis)| {
+        Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols, bias, trellis }
     });
     let (data, dtype) = (data.as_slice()?, dtype_of(dtype)?);
     let encoded = py.detach(|| {
@@ -315,8 +313,8 @@ fn encode<'py>(
 /// A matrix as its name, bytes, element type and shape.
 type Source<'py> = (String, PyReadonlyArray1<'py, u8>, String, Vec<usize>);
 
-/// The coder's parameters: parts a symbol, table bits, raw bits, part bits, columns a block, bias.
-type CoderParams = (u32, u32, u32, u32, u32, i32);
+/// The coder's parameters: parts a symbol, table bits, raw bits, part bits, columns a block, bias, trellis.
+type CoderParams = (u32, u32, u32, u32, u32, i32, bool);
 
 /// The steps of `rate` with which the matrices together take `bits` a weight, each with the coder's parameters.
 #[pyfunction]
@@ -324,10 +322,11 @@ fn choose_steps(
     py: Python<'_>,
     sources: Vec<Source<'_>>,
     bits: f64,
+    trellis: bool,
     coder: &str,
     prefer: &str,
 ) -> PyResult<Vec<(Option<f32>, Option<CoderParams>)>> {
-    let options = encode_options("rate", "channel", coder, prefer, None)?;
+    let options = encode_options("rate", trellis, "channel", coder, prefer, None)?;
     let slices: Vec<_> = sources
         .iter()
         .map(|(name, data, dtype, shape)| Ok((name.clone(), data.as_slice()?, dtype_of(dtype)?, shape.clone())))
@@ -340,7 +339,8 @@ fn choose_steps(
             .collect();
         steps_of(&tensors, RateTarget::Bits(bits), &options, &Silent)
     });
-    let params = |p: Params| (p.parts_per_symbol, p.table_bits, p.raw_bits, p.part_bits, p.block_cols, p.bias);
+    let params =
+        |p: Params| (p.parts_per_symbol, p.table_bits, p.raw_bits, p.part_bits, p.block_cols, p.bias, p.trellis);
     Ok(steps.map_err(errors::codec)?.iter().map(|options| (options.step, options.params.map(params))).collect())
 }
 
