@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Times `codecllm compress`: `int8` and `rate`, without calibration, in turns on one checkpoint of random weights.
+"""Times `codecllm compress`: `int8` and `rate`, with a trellis and without, uncalibrated, in turns on one checkpoint of random weights.
 
     pip install numpy==2.4.6
     cargo build --release && python3 scripts/time_compression.py [--shape tinyllama-1.1b] [--rounds 3]
 
-Prints JSON: the median seconds of each, and the ratio. The checkpoint (2.2 GB for a billion weights) and one archive at a time lie in a temporary folder.
+Prints JSON: the median seconds of each, and the ratios. The checkpoint (2.2 GB for a billion weights) and one archive at a time lie in a temporary folder.
 """
 
 import argparse
@@ -23,7 +23,8 @@ SHAPES = {
     "tinyllama-1.1b": {"hidden": 2048, "wide": 5632, "layers": 22, "heads": 32, "kv_heads": 4, "vocab": 32000},
     "tiny": {"hidden": 256, "wide": 704, "layers": 2, "heads": 4, "kv_heads": 2, "vocab": 1000},
 }
-FORMATS = {"int8": ["--format", "int8"], "rate": ["--format", "rate", "--bits", "4.5"]}
+RATE = ["--format", "rate", "--bits", "4.5"]
+FORMATS = {"int8": ["--format", "int8"], "rate": RATE, "trellis": [*RATE, "--trellis"]}
 
 
 def shapes(hidden: int, wide: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, tuple[int, ...]]:
@@ -85,7 +86,8 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
                 shutil.rmtree(archive)
     medians = {name: statistics.median(all_of) for name, all_of in seconds.items()}
-    print(json.dumps({"shape": arguments.shape, "seconds": medians, "rate_to_int8": medians["rate"] / medians["int8"]}, indent=2))
+    ratios = {f"{name}_to_int8": medians[name] / medians["int8"] for name in ("rate", "trellis")}
+    print(json.dumps({"shape": arguments.shape, "seconds": medians, **ratios}, indent=2))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ pub struct Args {
     /// Directory of a checkpoint, a GGUF file, or a Hugging Face repository id (OWNER/NAME)
     #[arg(value_name = "SRC")]
     source: String,
-    /// Formats, with commas: bf16, int8, int8:tensor, fp8, fp8:tensor, rate:BITS [default: bf16,int8,fp8,rate:4.5]
+    /// Formats, with commas: bf16, int8, int8:tensor, fp8, fp8:tensor, rate:BITS, rate:BITS:trellis [default: bf16,int8,fp8,rate:4.5]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     formats: Vec<Variant>,
     /// How much to compress, with commas: N (the first N linear layers), A..B or all [default: 1,5,10,20,all, as far as the

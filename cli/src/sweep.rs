@@ -36,6 +36,9 @@ pub struct Args {
     /// Distance of two points
     #[arg(long, value_name = "BITS", default_value_t = 0.5)]
     step: f64,
+    /// The curve is of codes of a trellis, as `compress --trellis` makes them
+    #[arg(long)]
+    trellis: bool,
     /// Formats of this program to compare with, with commas; `none` for none
     #[arg(long, value_name = "LIST", default_value = "int8,fp8", value_delimiter = ',')]
     formats: Vec<String>,
@@ -67,6 +70,7 @@ const EXAMPLES: &str = "\
 Examples:
   codecllm sweep ./model --bits 2..8 -o sweep.html
   codecllm sweep ./model --bits 3..5 --step 0.25 --layers _proj --text wiki.txt --json
+  codecllm sweep ./model --bits 2..6 --trellis --formats rate:3,rate:4
   codecllm sweep ./model --references none --gguf model.Q4_K_M.gguf --gguf model.Q6_K.gguf";
 
 /// The points of a sweep are kept to what somebody may wait for.
@@ -225,7 +229,7 @@ impl Args {
         }
         // So that 2..8 by 0.1 ends at 8, whatever the rounding.
         let points = (0..=(n + 1e-9) as usize).map(|i| ((low + self.step * i as f64) * 1e6).round() / 1e6);
-        points.map(|bits| Ok(format!("rate:{bits}").parse()?)).collect()
+        points.map(|bits| Ok(Variant { trellis: self.trellis, ..format!("rate:{bits}").parse()? })).collect()
     }
 
     fn formats(&self) -> Result<Vec<Variant>, Error> {

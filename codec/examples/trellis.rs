@@ -1,4 +1,5 @@
-//! What trellis-coded ("dependent") quantization would gain over the grids of `rate`, at equal entropy.
+//! What trellis-coded ("dependent") quantization gains over the grids of `rate`, at equal entropy: why the trellis of format 1.1 has four states and one
+//! table.
 //!
 //!     cargo run --release -p codecllm-codec --example trellis -- [CHECKPOINT [REGEX]]
 //!
@@ -15,8 +16,9 @@ use codecllm_codec::quantize::{quantize_to_step, read_row, rms};
 use rayon::prelude::*;
 use std::path::Path;
 
-const ROW: usize = 512;
-const N: usize = 256 * ROW;
+/// A phase of a block of 256 columns.
+const ROW: usize = 64;
+const N: usize = 1024 * ROW;
 /// Codes from -LIMIT to LIMIT.
 const LIMIT: i32 = 127;
 /// Of the squared step, for a bit: as `rate` has it, whose step is that of both grids together.
@@ -42,9 +44,9 @@ impl Trellis {
     }
 }
 
-/// The place of a code on grid `q`, in steps: even multiples, or odd ones and zero.
+/// The place of a code on grid `q`, in steps: even multiples, or odd ones.
 fn point(q: usize, code: i32) -> f64 {
-    f64::from(2 * code - if q == 1 { code.signum() } else { 0 })
+    f64::from(2 * code + q as i32)
 }
 
 /// Bits of each code on each grid.
@@ -77,8 +79,8 @@ fn walk(row: &[f32], step: f64, price: f64, trellis: &Trellis, bits: &Bits, coun
         // The best code of each parity on each grid.
         let mut best = [[(f64::INFINITY, 0i32); 2]; 2];
         for (q, best) in best.iter_mut().enumerate() {
-            let near = ((x + if q == 1 { x.signum() } else { 0.0 }) / 2.0).floor() as i32;
-            for code in near - 1..=near + 2 {
+            let below = ((x - q as f64) / 2.0).floor() as i32;
+            for code in [below, below + 1] {
                 let code = code.clamp(-LIMIT, LIMIT);
                 let error = x - point(q, code);
                 let cost = error * error + price * bits[q][(code + LIMIT) as usize];
@@ -165,7 +167,7 @@ fn report(name: &str, weights: &[f32]) -> Result<()> {
     let data: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
     let tensor = Tensor { name: name.into(), dtype: Dtype::F32, shape, data: data.into() };
     let rms = rms(&tensor)?;
-    for bits in [2.0, 3.0, 4.0, 5.0] {
+    for bits in [1.6, 2.0, 3.0, 4.0] {
         let plain = error_at(bits, rms, |step| scalar(&tensor, step))?;
         print!("{name:<40} {bits:>4} {plain:>9.6}");
         for trellis in TRELLISES {

@@ -848,6 +848,18 @@ impl EncodedTensor {
         self.codes(cpu, 0..self.n_rows())
     }
 
+    /// What the entropy coder was given: all codes, with a trellis the numbers that they follow from.
+    ///
+    /// # Errors
+    /// A payload that does not decode.
+    pub fn coded_numbers(&self, cpu: Cpu) -> Result<Codes<'static>> {
+        let mut codes = self.decode_codes(cpu)?;
+        if let (true, Codes::U8(codes)) = (self.header.params.trellis, &mut codes) {
+            codes.to_mut().iter_mut().for_each(|code| *code = (*code as i8 >> 1) as u8);
+        }
+        Ok(codes)
+    }
+
     fn codes(&self, cpu: Cpu, rows: Range<usize>) -> Result<Codes<'static>> {
         Ok(match self.header.format {
             Format::Bf16 => Codes::U16(Cow::Owned(self.codes_of_rows::<u16>(cpu, rows)?)),

@@ -139,7 +139,7 @@ fn measure(variant: &Variant, source: &Checkpoint, trial: &Trial, names: &[&str]
             of_matrix.add(rows[row]);
         }
         total.add(of_matrix);
-        let codes = encoded.decode_codes(Cpu::detect())?;
+        let codes = encoded.coded_numbers(Cpu::detect())?;
         let entropy_bits = codes.entropy_bits();
         entropy += entropy_bits * codes.len() as f64;
         n_weights += codes.len();

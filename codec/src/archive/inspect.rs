@@ -6,7 +6,6 @@ use super::{Progress, check_stopped};
 use crate::checkpoint::{Checkpoint, Dtype, INDEX_FILE, TensorInfo};
 use crate::encoded::{Checks, EncodedTensor, ScaleKind, Sizes};
 use crate::error::Result;
-use crate::quantize::Codes;
 use crate::{Cpu, block::Params};
 use bytes::Bytes;
 use serde::{Serialize, Serializer};
@@ -221,11 +220,7 @@ pub fn inspect(dir: &Path, progress: &dyn Progress) -> Result<Inspection> {
 fn encoded_report(name: &str, encoded: &EncodedTensor) -> Result<TensorReport> {
     let n_weights = encoded.n_rows() as u64 * encoded.n_cols() as u64;
     let sizes = encoded.sizes();
-    let mut codes = encoded.decode_codes(Cpu::detect()).map_err(|e| e.in_tensor(name))?;
-    if let (Some(Params { trellis: true, .. }), Codes::U8(codes)) = (encoded.params(), &mut codes) {
-        // The stream's, which are what is coded.
-        codes.to_mut().iter_mut().for_each(|code| *code = (*code as i8 >> 1) as u8);
-    }
+    let codes = encoded.coded_numbers(Cpu::detect()).map_err(|e| e.in_tensor(name))?;
     let bits_per_weight = per_weight(sizes.total(), n_weights);
     Ok(TensorReport {
         name: name.into(),
