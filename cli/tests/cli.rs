@@ -234,6 +234,8 @@ fn demo_run_eval_and_rate_on_the_embedded_model() {
         (vec!["--format", "rate", "--calibrate"], "needs a target"),
         (vec!["--format", "int8", "--bits", "4"], "takes no target"),
         (vec!["--format", "int8", "--calibrate"], "--format rate"),
+        (vec!["--format", "int8", "--trellis"], "has no trellis"),
+        (vec!["--format", "rate", "--bits", "4", "--coder", "zstd", "--trellis"], "has no trellis"),
         (vec!["--format", "rate", "--bits", "4", "--calibrate", short], "give one of 512 or more"),
     ] {
         let refused = codecllm([vec!["compress", &source, "-o", "x"], args].concat());

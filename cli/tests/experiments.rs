@@ -115,14 +115,16 @@ fn compare_quantizers_shows_where_errors_fall() {
         "compare",
         model(),
         "--quantizers",
-        "tensor,channel,fp8,rate",
+        "tensor,channel,fp8,rate,rate:4.5:trellis",
         "-o",
         html.to_str().unwrap(),
         "--json",
     ]);
     let quantizers = outcome["quantizers"].as_array().unwrap();
     let names: Vec<_> = quantizers.iter().map(|q| q["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["int8:tensor", "int8", "fp8", "rate:4.5"]);
+    assert_eq!(names, ["int8:tensor", "int8", "fp8", "rate:4.5", "rate:4.5:trellis"]);
+    let error = |q: usize| quantizers[q]["relative_error"].as_f64().unwrap();
+    assert!(error(4) < 0.95 * error(3), "{} {}", error(4), error(3));
     let decile = |q: usize, i: usize| quantizers[q]["relative_error_by_decile"][i].as_f64().unwrap();
     assert!(decile(0, 0) > 1.2 * decile(0, 9), "one scale for a tensor hurts its small channels most");
     assert!(decile(1, 0) < 1.2 * decile(1, 9));
@@ -146,7 +148,7 @@ fn sweep_draws_a_falling_curve_among_the_references() {
         "--step",
         "1",
         "--formats",
-        "int8",
+        "int8,rate:4:trellis",
         "--references",
         "q8_0,q4_k,int4-128",
         "--gguf",
@@ -171,11 +173,12 @@ fn sweep_draws_a_falling_curve_among_the_references() {
     assert!(curve.windows(2).all(|pair| pair[1].1 < pair[0].1), "{curve:?}");
     let others = outcome["others"].as_array().unwrap();
     let names: Vec<_> = others.iter().map(|o| o["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["int8", "Q8_0", "Q4_K", "INT4, groups of 128", "tales.gguf"]);
+    assert_eq!(names, ["int8", "rate:4:trellis", "Q8_0", "Q4_K", "INT4, groups of 128", "tales.gguf"]);
     let kld = |i: usize| number(&others[i], "kld_mean");
-    assert!(kld(1) < kld(2) && kld(2) < kld(3), "{} {} {}", kld(1), kld(2), kld(3));
-    assert!(kld(4).abs() < 1e-12 && number(&others[4], "bits_per_weight") == 16.0, "the very model");
-    let equal = number(&others[2], "rate_bits_at_equal_kld");
+    assert!(kld(1) < 0.95 * curve[1].1, "{} {}", kld(1), curve[1].1);
+    assert!(kld(2) < kld(3) && kld(3) < kld(4), "{} {} {}", kld(2), kld(3), kld(4));
+    assert!(kld(5).abs() < 1e-12 && number(&others[5], "bits_per_weight") == 16.0, "the very model");
+    let equal = number(&others[3], "rate_bits_at_equal_kld");
     assert!((3.0..4.6).contains(&equal), "{equal}");
     report(&html, &outcome);
 }
@@ -189,6 +192,7 @@ fn requests_that_make_no_sense_are_refused_before_any_work() {
         (vec!["sweep", model(), "--references", "q9"], "q4_k"),
         (vec!["sweep", model(), "--formats", "int9"], "int8"),
         (vec!["compare", model(), "--formats", "rate"], "rate:4.5"),
+        (vec!["compare", model(), "--formats", "rate:4:tree"], "rate:4:tree"),
         (vec!["compare", model(), "--layers", "900"], "exceeds"),
         (vec!["compare", model(), "--quantizers", "row"], "int8"),
     ] {

@@ -132,7 +132,7 @@ impl Default for EncodeOptions {
 
 impl EncodeOptions {
     /// Whether its parts go together.
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         if self.trellis && (self.format != Format::Rate || self.coder != Coder::Rans) {
             return Err(Error::Parameter(format!(
                 "format `{}` with coder `{}` has no trellis; format `rate` with coder `rans` has",

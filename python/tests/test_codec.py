@@ -90,6 +90,8 @@ def test_errors_have_the_codecs_texts(checkpoint: Path, tmp_path: Path) -> None:
         codecllm.compress(checkpoint, tmp_path / "a", format="rate")
     with pytest.raises(ValueError, match="go with format `rate`"):
         codecllm.compress(checkpoint, tmp_path / "a", format="int8", bits=4)
+    with pytest.raises(ValueError, match="has no trellis"):
+        codecllm.compress(checkpoint, tmp_path / "a", format="fp8", trellis=True)
     codecllm.compress(checkpoint, tmp_path / "a")
     with pytest.raises(ValueError, match="it exists already"):
         codecllm.compress(checkpoint, tmp_path / "a")

@@ -230,6 +230,23 @@ def test_rate_meets_the_size_over_all_layers() -> None:
     assert bits == pytest.approx(4.5, abs=0.03)
 
 
+def test_a_trellis_has_less_error_at_the_same_bits() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(512, 512, bias=False)
+    nn.init.normal_(linear.weight)
+    plain, trellis = (CompressedLinear.from_linear(linear, "rate", bits=4.0, trellis=t) for t in (False, True))
+    assert trellis.bits_per_weight == pytest.approx(plain.bits_per_weight, abs=0.05)
+    error = [(layer.decode(torch.float32) - linear.weight).square().mean() for layer in (plain, trellis)]
+    assert error[1] < 0.88 * error[0]
+    x = torch.randn(3, 512)
+    torch.testing.assert_close(trellis(x), x @ trellis.decode(torch.float32).T, rtol=1e-4, atol=1e-2)
+    model = compress_model_(nn.Sequential(nn.Linear(512, 512)), "rate", bits=4.0, trellis=True)
+    (layer,) = compressed_modules(model).values()
+    assert layer.bits_per_weight == pytest.approx(4.0, abs=0.05)
+    with pytest.raises(ValueError, match="has no trellis"):
+        CompressedLinear.from_linear(linear, "int8", trellis=True)
+
+
 def test_archives_tensors(archive: Path, tales: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     tensor, source = codecllm.open(archive)[name], codecllm.open(tales)[name]

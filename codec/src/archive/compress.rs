@@ -71,6 +71,7 @@ fn plan_selected(
     options: &CompressOptions,
     progress: &dyn Progress,
 ) -> Result<Vec<PlannedTensor>> {
+    options.encode.check()?;
     match (options.encode.format, options.rate) {
         (Format::Rate, Some(rate)) => choose_steps(source, selected, rate, &options.encode, progress),
         (Format::Rate, None) => {
@@ -107,6 +108,7 @@ pub struct Summary {
 /// A source that cannot be read, or is compressed already; a weight that the format cannot hold; a target that exists; a
 /// write that fails; [`Error::Interrupted`].
 pub fn compress(src: &Path, dst: &Path, options: &CompressOptions, progress: &dyn Progress) -> Result<Summary> {
+    options.encode.check()?;
     let source = Checkpoint::open(src)?;
     let config = read_config(src)?;
     refuse_compressed(&source, config.as_ref())?;
