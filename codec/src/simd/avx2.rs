@@ -187,15 +187,15 @@ unsafe fn run<S: Sink>(plan: &Plan, entries: &[u32], block: &Block<'_>, sink: &m
                         }
                     }
                 }
-                for group in 0..GROUPS {
+                for (group, grids) in grids.iter_mut().enumerate() {
                     let (mut low, high) = match S::WIDE && plan.format == Format::Bf16 {
                         true => codes::<true>(plan, &entry, raw, group, quad),
                         false => codes::<false>(plan, &entry, raw, group, quad),
                     };
                     if p.trellis {
-                        let [now, next] = grids[group];
+                        let [now, next] = *grids;
                         let odd = _mm256_and_si256(low, _mm256_set1_epi8(1));
-                        grids[group] = [_mm256_xor_si256(next, odd), now];
+                        *grids = [_mm256_xor_si256(next, odd), now];
                         low = _mm256_or_si256(_mm256_add_epi8(low, low), now);
                     }
                     sink.quad(group, quad_index, low, high);

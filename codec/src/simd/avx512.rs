@@ -194,7 +194,7 @@ unsafe fn run<const N: usize, const G: usize, S: Sink>(
                         }
                     }
                     for n in 0..N {
-                        for half in 0..2 {
+                        for (half, grids) in grids[n].iter_mut().enumerate() {
                             let mut low = parts::<G>(&entry[n], half, c.low_part[quad % 2], &c.low_mask);
                             let mut high = _mm512_setzero_si512();
                             if S::WIDE {
@@ -209,9 +209,9 @@ unsafe fn run<const N: usize, const G: usize, S: Sink>(
                                 }
                             }
                             if plan.params.trellis {
-                                let [now, next] = grids[n][half];
+                                let [now, next] = *grids;
                                 let ones = _mm512_set1_epi8(1);
-                                grids[n][half] = [_mm512_ternarylogic_epi32::<0x78>(next, low, ones), now]; // next ^ (low & ones)
+                                *grids = [_mm512_ternarylogic_epi32::<0x78>(next, low, ones), now]; // next ^ (low & ones)
                                 low = _mm512_or_si512(_mm512_add_epi8(low, low), now);
                             }
                             sink.quad(n, half, quad_index, low, high);
