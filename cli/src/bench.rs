@@ -31,7 +31,7 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
-use workload::{Matrix, ModelShape, Task, Workload, encode_options, normal};
+use workload::{Form, Matrix, ModelShape, Task, Workload, encode_options, normal};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T> = std::result::Result<T, Error>;
@@ -84,9 +84,9 @@ pub struct Args {
     /// What is measured: cpu, or an NVIDIA GPU, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: DeviceName,
-    /// The formats to encode in, separated by commas [default: bf16,fp8,int8; on a GPU rate, too]
-    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(Format))]
-    format: Vec<Format>,
+    /// The formats to encode in, separated by commas, `rate` with a trellis as rate-trellis [default: bf16,fp8,int8; on a GPU rate, too]
+    #[arg(long, value_delimiter = ',')]
+    format: Vec<Form>,
     /// Threads of the parallel measurements [default: every core]
     #[arg(long)]
     threads: Option<usize>,
@@ -205,10 +205,10 @@ struct Report {
 pub fn run(args: Args) -> CliResult {
     let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
     let n_threads = args.threads.unwrap_or(n_cores).max(1);
-    let mut formats = Vec::new();
-    for format in &args.format {
-        if !formats.contains(format) {
-            formats.push(*format);
+    let mut forms = Vec::new();
+    for form in &args.format {
+        if !forms.contains(form) {
+            forms.push(*form);
         }
     }
     let cpu = args.cpu.unwrap_or_else(Cpu::detect);
@@ -220,13 +220,13 @@ pub fn run(args: Args) -> CliResult {
         if args.model.is_some() {
             return Err("--device cuda draws what it measures; leave out the model".into());
         }
-        return cuda::run(index, &args, (!formats.is_empty()).then_some(&formats[..]));
+        return cuda::run(index, &args, (!forms.is_empty()).then_some(&forms[..]));
     }
     if args.gpu.is_used() {
         return Err("--kernels, --batch, --bits, --prefer and --params need --device cuda".into());
     }
-    if formats.is_empty() {
-        formats = vec![Format::Bf16, Format::Fp8, Format::Int8];
+    if forms.is_empty() {
+        forms = [Format::Bf16, Format::Fp8, Format::Int8].map(Form::from).into();
     }
     let (shape, model_shape) = match (&args.shape[..], &args.model_shape[..]) {
         ([], []) => (None, None),
@@ -237,7 +237,7 @@ pub fn run(args: Args) -> CliResult {
 
     let cache_bytes = (4 * last_level_cache_bytes()).max(256 << 20);
     // BF16 and plain INT8 always, and what each format takes at most.
-    let encoded: f64 = formats.iter().map(|f| if f.is_lossless() { 1.5 } else { 1.0 }).sum();
+    let encoded: f64 = forms.iter().map(|f| if f.format.is_lossless() { 1.5 } else { 1.0 }).sum();
     eprintln!("drawing or reading the weights");
     let workload = match (&args.model, model_shape, shape) {
         (Some(dir), ..) => Workload::of_checkpoint(dir, cache_bytes)?,
@@ -248,7 +248,7 @@ pub fn run(args: Args) -> CliResult {
         }
     };
     eprintln!("{}", workload.title);
-    let bench = Bench::new(workload, &formats, cpu, n_threads, args.seed)?;
+    let bench = Bench::new(workload, &forms, cpu, n_threads, args.seed)?;
     let checks = bench.verify()?;
     let results = bench.measure(args.seconds.unwrap_or(SECONDS), args.rounds, 4 * cache_bytes)?;
     let report = Report {
@@ -279,7 +279,7 @@ fn last_level_cache_bytes() -> usize {
 
 /// All matrices in one format, in every copy: indexed as in [`Task::matrix`].
 struct Encoded {
-    format: Format,
+    form: Form,
     matrices: Vec<EncodedTensor>,
     bits_per_weight: f64,
 }
@@ -318,7 +318,7 @@ type Work<'a> = Box<dyn Fn(&Task, &mut Scratch) -> Result<()> + Sync + 'a>;
 
 impl Bench {
     /// Encodes the matrices in every format and copies each form as often as the workload says.
-    fn new(workload: Workload, formats: &[Format], level: Cpu, n_threads: usize, seed: u64) -> Result<Self> {
+    fn new(workload: Workload, forms: &[Form], level: Cpu, n_threads: usize, seed: u64) -> Result<Self> {
         let n_copies = workload.n_copies;
         let mut int8 = Vec::new();
         let mut zstd = Vec::new();
@@ -343,11 +343,11 @@ impl Bench {
             }
         }
         let mut encoded = Vec::new();
-        for &format in formats {
-            eprintln!("encoding {format}");
+        for &form in forms {
+            eprintln!("encoding {form}");
             let encode = |m: &Matrix| -> Result<EncodedTensor> {
                 let tensor = m.tensor();
-                let options = encode_options(format, Prefer::Balanced, &tensor)?;
+                let options = encode_options(form, Prefer::Balanced, &tensor)?;
                 let data = encode_tensor(&tensor, &options).map_err(|e| e.in_tensor(&m.name))?;
                 Ok(EncodedTensor::parse(data.into(), Checks::Full).map_err(|e| e.in_tensor(&m.name))?)
             };
@@ -358,7 +358,7 @@ impl Bench {
                 let data = Bytes::copy_from_slice(e.bytes());
                 EncodedTensor::parse(data, Checks::None).expect("a copy of a valid tensor")
             });
-            encoded.push(Encoded { format, matrices, bits_per_weight: 8.0 * bytes as f64 / n_weights as f64 });
+            encoded.push(Encoded { form, matrices, bits_per_weight: 8.0 * bytes as f64 / n_weights as f64 });
         }
 
         let mut rng = SmallRng::seed_from_u64(seed);
@@ -423,7 +423,7 @@ impl Bench {
             for row in task.rows.clone().step_by(DECODE_ROWS) {
                 let rows = row..task.rows.end.min(row + DECODE_ROWS);
                 let n_codes = rows.len() * tensor.n_cols();
-                let codes = if encoded.format == Format::Bf16 {
+                let codes = if encoded.form.format == Format::Bf16 {
                     CodesMut::U16(room(&mut scratch.wide_codes, n_codes))
                 } else {
                     CodesMut::U8(room(&mut scratch.codes, n_codes))
@@ -455,13 +455,13 @@ impl Bench {
                 for cpu in Cpu::available() {
                     if decode(tensor, cpu, rows.clone())? != expected {
                         let problem = format!("the {cpu} decoder and the scalar one disagree");
-                        return Err(self.failed(m, encoded.format, &problem));
+                        return Err(self.failed(m, encoded.form, &problem));
                     }
                 }
             }
             checks.push(format!(
                 "{}: the decoders ({levels}) agree code for code, on up to 16 M weights of every shape",
-                encoded.format
+                encoded.form
             ));
         }
         for (frame, n_codes) in &self.zstd {
@@ -482,7 +482,7 @@ impl Bench {
                 let rows = self.verified_rows(m);
                 let mut values = vec![0.0f32; rows.len() * matrix.n_cols];
                 tensor.decode_rows(Cpu::Scalar, rows, &mut values)?;
-                let name = format!("encoded {}", encoded.format);
+                let name = format!("encoded {}", encoded.form);
                 worst = worst.max(self.check_product(m, &name, &self.matvec_encoded(encoded), &values)?);
             }
         }
@@ -691,12 +691,12 @@ impl Bench {
         let int8_bits = 8.0 * int8_bytes as f64 / n_weights as f64;
         add("matvec.int8".into(), int8_bits, true, bf16("matvec.bf16"), self.matvec_int8());
         for encoded in &self.encoded {
-            let name = format!("matvec.encoded.{}", encoded.format);
+            let name = format!("matvec.encoded.{}", encoded.form);
             add(name, encoded.bits_per_weight, true, bf16("matvec.bf16"), self.matvec_encoded(encoded));
         }
         for encoded in &self.encoded {
             for cpu in Cpu::available() {
-                let name = format!("decode.{}.{cpu}", encoded.format);
+                let name = format!("decode.{}.{cpu}", encoded.form);
                 add(name, encoded.bits_per_weight, false, bf16("decode.zstd"), self.decode(encoded, cpu));
             }
         }
@@ -752,12 +752,12 @@ impl Bench {
         let codes: Vec<u8> = self.zstd_codes()?;
         let peer = |name: &str| Peer { name: name.into(), threads: team.n_threads(), basis: Basis::Value };
         for encoded in &self.encoded {
-            let options = encode_options(encoded.format, Prefer::Balanced, &tensor)?;
+            let options = encode_options(encoded.form, Prefer::Balanced, &tensor)?;
             let tensor = tensor.clone();
             contenders.push(Contender {
                 bytes_per_unit: 2.0,
                 peer: peer("encode.zstd"),
-                ..Contender::new(&format!("encode.{}", encoded.format), team, "weights/s", move |seconds| {
+                ..Contender::new(&format!("encode.{}", encoded.form), team, "weights/s", move |seconds| {
                     repeat(seconds, matrix.n_weights(), || {
                         black_box(team.pool.install(|| encode_tensor(&tensor, &options))?);
                         Ok(())
@@ -805,7 +805,7 @@ impl Bench {
                 let data = encoded.matrices[i].bytes().clone();
                 Tensor { name: self.workload.matrices[i].name.clone(), dtype: Dtype::U8, shape: vec![data.len()], data }
             })?;
-            models.push((format!("generate.encoded.{}", encoded.format), model, encoded.bits_per_weight));
+            models.push((format!("generate.encoded.{}", encoded.form), model, encoded.bits_per_weight));
         }
         Ok(models)
     }
@@ -1010,8 +1010,10 @@ mod tests {
     fn a_small_bench_verifies_measures_and_compares() {
         // Rows and columns that fill no block, and no cache to defeat.
         let workload = Workload::of_shape(70, 100, 1, 0);
-        let bench = Bench::new(workload, Format::ALL, Cpu::detect(), 2, 1).unwrap();
-        assert_eq!(bench.verify().unwrap().len(), Format::ALL.len() + 1);
+        let trellis = "rate-trellis".parse().unwrap();
+        let forms: Vec<Form> = Format::ALL.iter().copied().map(Form::from).chain([trellis]).collect();
+        let bench = Bench::new(workload, &forms, Cpu::detect(), 2, 1).unwrap();
+        assert_eq!(bench.verify().unwrap().len(), forms.len() + 1);
         let results = bench.measure(1e-4, 2, 1 << 20).unwrap();
         for name in ["memory.read", "matvec.bf16", "matvec.int8", "matvec.encoded.bf16", "decode.int8.scalar"] {
             let threads: Vec<_> = results.iter().filter(|m| m.name == name).map(|m| m.threads).collect();
@@ -1023,7 +1025,7 @@ mod tests {
     #[test]
     fn a_wrong_product_is_found() {
         let workload = Workload::of_shape(64, 64, 1, 0);
-        let mut bench = Bench::new(workload, &[Format::Int8], Cpu::detect(), 1, 1).unwrap();
+        let mut bench = Bench::new(workload, &[Format::Int8.into()], Cpu::detect(), 1, 1).unwrap();
         let mut data = bench.workload.matrices[0].data.to_vec();
         data[101] ^= 0x80;
         bench.bf16[0] = plain_bf16(&bench.workload.matrices[0], data.into());

@@ -34,10 +34,16 @@ struct Matrix {
     u32 n_rows, n_cols, block_cols, n_col_blocks, n_units;
     u32 table_bits, scale_kind, parts_per_symbol, raw_bits, part_bits;
     i32 bias;
-    u32 filler;  // the code that a patched weight stands as
+    u32 filler;   // the code that a patched weight stands as
+    u32 trellis;  // whether codes are those of a trellis
 };
 
-__device__ __forceinline__ u32 select(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
+// Bits of `a` where the mask has them, of `b` elsewhere. As C++ it would become two operations.
+__device__ __forceinline__ u32 select(u32 mask, u32 a, u32 b) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(d) : "r"(mask), "r"(a), "r"(b));
+    return d;
+}
 __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 selector) {
     u32 d;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
@@ -90,10 +96,10 @@ struct Quad {
 };
 
 // How codes come from entries and raw words. With G or K ANY, from the symbols by the book.
-template <int FORMAT, int G_, int K_>
+template <int FORMAT, int G_, int K_, bool TRELLIS_ = false>
 struct Codec {
     static constexpr int G = G_, K = K_, N_RAW = K > 0 ? K : 1;
-    static constexpr bool FIXED = K != ANY;
+    static constexpr bool FIXED = K != ANY, TRELLIS = TRELLIS_;
 
     // Field of width F: its word and its bit for quad `q`, its lowest bit in the raw number.
     static __device__ constexpr int below(int width) {  // bits of the fields wider than `width`
@@ -122,10 +128,16 @@ struct Codec {
     }
 
     // Entries `y` of the unit's steps -> quad q. The parts of an entry stand where the code has them (bf16 with G = 4 and k >= 9: in
-    // the high byte; k = 8: rotated right by one from bit 8), G = 8: those of the second quad a bit lower.
+    // the high byte; k = 8: rotated right by one from bit 8), G = 8: those of the second quad a bit lower, or with k = 4 at the top.
     static __device__ __forceinline__ Quad assemble(const u32* y, const u32 (&raw)[N_RAW], int q) {
         u32 parts;
-        if constexpr (FORMAT != BF16) {
+        if constexpr (G == 8 && K == 4) {
+            // Both quads' magnitudes at once, in the halves of the bytes where their raw bits are. With a trellis, whose codes have seven bits, each for
+            // itself, for then what is left of the other is in the eighth.
+            const u32 both = select(bytes(!TRELLIS ? 0x77 : q & 1 ? 0x70 : 0x07), raw[q / 2], y[q / 2]);
+            const u32 magnitude = shift(both, q & 1 ? -4 : 0) & (TRELLIS ? FULL : bytes(0x0f));
+            return {magnitude ^ spread_signs(signs(raw, q)), 0};
+        } else if constexpr (FORMAT != BF16) {
             if constexpr (G == 8) parts = q & 1 ? y[q / 2] * 2 : y[q / 2];
             if constexpr (G == 4) parts = y[q];
             if constexpr (G == 2) parts = prmt(y[2 * q], y[2 * q + 1], 0x5410);
@@ -180,6 +192,21 @@ __device__ __noinline__ Quad assemble_any(const Matrix& m, u64 parts, const u32*
     if (FORMAT == BF16) return {codes[0] | codes[1] << 16, codes[2] | codes[3] << 16};
     return {codes[0] | codes[1] << 8 | codes[2] << 16 | codes[3] << 24, 0};
 }
+
+// With a trellis (codec/src/trellis.rs): the grids that a row's next quad and the one after it are on, one bit a column, as far as that is known.
+// Zeros where a block begins.
+struct Grids {
+    u32 now = 0, next = 0;
+
+    // What the quad's codes stand for.
+    __device__ __forceinline__ Quad values(Quad codes) {
+        // Codes have seven bits. Without the eighth, twice a code stays in its byte, so that a multiply-add does; and the mask is part of the
+        // operation that sets the sign, if the parity is taken from what that leaves.
+        const u32 code = again(codes.a & bytes(0x7f)), grid = now;
+        now = next ^ (code & bytes(1)), next = grid;
+        return {code * 2 + grid, 0};
+    }
+};
 
 // An offset, asked for here even where it is needed much later.
 __device__ __forceinline__ u32 offset_at(const Matrix& m, u32 block) {
@@ -341,6 +368,8 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
         const u32 offset = offset_at(m, block + 1);
         const u32 before = j * units_per_block, units = min(units_per_block, m.n_units - before), n_whole = min(units, m.n_cols / 32 - before);
         sink.begin_block(i, j);
+        Grids grids;
+        auto values = [&](Quad codes) INLINE { return C::TRELLIS ? grids.values(codes) : codes; };
         if constexpr (C::FIXED) {
             constexpr int STEPS = 32 / C::G;
             auto unit = [&](u32 u, auto whole) {
@@ -360,10 +389,10 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
                     if (s > 0 && s % 8 == 0) reader.refresh(lane);
                     y[s] = reader.step(table);
                     if (C::G == 8) {
-                        sink.quad(u, 2 * s, C::assemble(y, raw, 2 * s), whole);
-                        sink.quad(u, 2 * s + 1, C::assemble(y, raw, 2 * s + 1), whole);
+                        sink.quad(u, 2 * s, values(C::assemble(y, raw, 2 * s)), whole);
+                        sink.quad(u, 2 * s + 1, values(C::assemble(y, raw, 2 * s + 1)), whole);
                     } else if ((s + 1) * C::G % 4 == 0) {
-                        sink.quad(u, s * C::G / 4, C::assemble(y, raw, s * C::G / 4), whole);
+                        sink.quad(u, s * C::G / 4, values(C::assemble(y, raw, s * C::G / 4)), whole);
                     }
                 }
                 sink.end_unit(u);
@@ -388,6 +417,7 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
                         have += g, since_refresh++;
                     }
                     quads[q] = assemble_any<FORMAT>(m, parts, raw_next, q);
+                    if (FORMAT == INT8 && m.trellis) quads[q] = grids.values(quads[q]);
                     parts >>= 4 * w, have -= 4;
                     sink.quad(u, q, quads[q], u < n_whole);
                 }
@@ -408,16 +438,17 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
 }
 
 // The same in two parts, for codes with parts of one bit, eight a symbol: what depends on the stream, before the activations are known, and what depends on
-// them. Between them the parts of a unit stand in `parts`, a word a lane, those of step s at bits 2s (second quad) and 2s + 1 (first) of its bytes.
+// them. Between them the parts of a unit stand in `parts`, a word a lane, those of step s at bits 2s (second quad) and 2s + 1 (first) of its bytes, or with
+// k = 4 at bits s (first) and s + 4.
 __device__ __forceinline__ void decode_parts(const Matrix& m, Reader& reader, u32 table, u32 lane, u32 units, u32 parts) {
     reader.begin(m, lane);
-    const u32 place = m.raw_bits - 2;
+    const u32 stride = m.raw_bits == 4 ? 1 : 2, place = m.raw_bits - stride;
 #pragma unroll 2
     for (u32 u = 0; u < units; u++) {
         if (u % 2 == 0) reader.refresh(lane);
         u32 word = 0;
 #pragma unroll
-        for (int s = 0; s < 4; s++) word += (reader.step(table) >> place) * (1u << (2 * s));
+        for (int s = 0; s < 4; s++) word += (reader.step(table) >> place) << (stride * s);
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(parts + u * 128 + lane * 4), "r"(word) : "memory");
     }
     wait_copies<0>();
@@ -432,6 +463,7 @@ __device__ __forceinline__ void finish_parts(const Matrix& m, u32 parts, u32 lan
         const u32 units = min(m.block_cols / 32, m.n_units - first_unit);
         const u32* from = m.raw + (u64)(i * m.n_units + first_unit) * C::K * 32 + lane;
         u32 raw[AHEAD][C::N_RAW];
+        Grids grids;
         auto load = [&](u32 u, u32 (&to)[C::N_RAW]) {
 #pragma unroll
             for (int b = 0; b < C::K; b++) to[b] = u < units ? __ldcs(from + (u * C::K + b) * 32) : 0;
@@ -446,9 +478,12 @@ __device__ __forceinline__ void finish_parts(const Matrix& m, u32 parts, u32 lan
                 u32 word, y[4];
                 asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(parts + u * 128 + lane * 4));
 #pragma unroll
-                for (int s = 0; s < 4; s++) y[s] = shift(word, C::K - 2 - 2 * s);
+                for (int s = 0; s < 4; s++) y[s] = shift(word, C::K == 4 ? 3 - s : C::K - 2 - 2 * s) & (C::K == 4 && C::TRELLIS ? bytes(0x88) : FULL);
 #pragma unroll
-                for (int q = 0; q < 8; q++) sink.quad(u, q, C::assemble(y, raw[a], q), std::true_type());
+                for (int q = 0; q < 8; q++) {
+                    const Quad codes = C::assemble(y, raw[a], q);
+                    sink.quad(u, q, C::TRELLIS ? grids.values(codes) : codes, std::true_type());
+                }
                 sink.end_unit(u);
                 load(u + AHEAD, raw[a]);
             }

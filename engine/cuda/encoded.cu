@@ -583,7 +583,8 @@ struct DotSink {
             asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(high), "r"(low) : "memory");
             __syncwarp();
             patches.until(~0u, lane, [&](u32 row, u32 col, u32 code) {
-                const i32 change = (i32)(signed char)code - (i32)(signed char)m.filler;
+                // With a trellis the upper byte is what stands in the weight's place, and the filler is zero; without one it is the other way round.
+                const i32 change = (i32)(signed char)code - ((i32)(signed char)m.filler + (i32)(signed char)(code >> 8));
                 const u32 c = first_col + col;
                 const signed char* v = (const signed char*)x + c / 4 * 8 + c % 4;
                 asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(scratch + 8 * row), "r"(change * v[0]) : "memory");
@@ -1083,26 +1084,37 @@ __device__ __forceinline__ void with_codec(u32 codec, F f) {
 #undef CODEC
 }
 
-// Each kernel twice: for the codecs of with_codec, and for any.
-#define KERNEL(THREADS, name, FORMAT, ...)                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) name(const __grid_constant__ Launch l) {       \
-        __VA_ARGS__(l, [](u32 codec, auto f) INLINE { with_codec<FORMAT>(codec, f); });                     \
-    }                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) name##_any(const __grid_constant__ Launch l) { \
-        __VA_ARGS__(l, [](u32, auto f) INLINE { f(Codec<FORMAT, ANY, ANY>()); });                           \
+// The same for codes of a trellis: those of 2 to 7 bits.
+template <class F>
+__device__ __forceinline__ void with_trellis(u32 codec, F f) {
+#define CODEC(G, K) case G << 4 | K: return f(Codec<INT8, G, K, true>());
+    switch (codec) { CODEC(4, 1) CODEC(4, 2) CODEC(4, 3) CODEC(4, 4) CODEC(4, 5) CODEC(8, 3) CODEC(8, 4) CODEC(8, 5) CODEC(8, 6) }
+#undef CODEC
+}
+
+template <int FORMAT, class F>
+__device__ __forceinline__ void with_any(u32, F f) { f(Codec<FORMAT, ANY, ANY>()); }
+
+#define KERNEL(THREADS, name, WITH, ...)                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) name(const __grid_constant__ Launch l) { \
+        __VA_ARGS__(l, [](u32 codec, auto f) INLINE { WITH(codec, f); });                             \
     }
 // As many threads as there are registers for.
-#define KERNELS(FORMAT, name)                                                                    \
-    KERNEL(1024, decode_codes_##name, FORMAT, decode_shares<FORMAT, DenseSink<FORMAT, false>>)   \
-    KERNEL(1024, decode_values_##name, FORMAT, decode_shares<FORMAT, DenseSink<FORMAT, true>>)   \
-    KERNEL(32, gather_rows_##name, FORMAT, gather<FORMAT>)                                       \
-    KERNEL(1024, product_1_##name, FORMAT, multiply<FORMAT, DotSink<FORMAT>>)                    \
-    KERNEL(512, product_8_##name, FORMAT, multiply<FORMAT, MmaSink<FORMAT, 1>>)                  \
-    KERNEL(512, product_16_##name, FORMAT, multiply<FORMAT, MmaSink<FORMAT, 2>>)
+#define KERNELS(FORMAT, name, WITH)                                                            \
+    KERNEL(1024, decode_codes_##name, WITH, decode_shares<FORMAT, DenseSink<FORMAT, false>>)   \
+    KERNEL(1024, decode_values_##name, WITH, decode_shares<FORMAT, DenseSink<FORMAT, true>>)   \
+    KERNEL(32, gather_rows_##name, WITH, gather<FORMAT>)                                       \
+    KERNEL(1024, product_1_##name, WITH, multiply<FORMAT, DotSink<FORMAT>>)                    \
+    KERNEL(512, product_8_##name, WITH, multiply<FORMAT, MmaSink<FORMAT, 1>>)                  \
+    KERNEL(512, product_16_##name, WITH, multiply<FORMAT, MmaSink<FORMAT, 2>>)
 
-KERNELS(INT8, int8)
-KERNELS(FP8, fp8)
-KERNELS(BF16, bf16)
+KERNELS(INT8, int8, with_codec<INT8>)
+KERNELS(INT8, int8_trellis, with_trellis)
+KERNELS(INT8, int8_any, with_any<INT8>)
+KERNELS(FP8, fp8, with_codec<FP8>)
+KERNELS(FP8, fp8_any, with_any<FP8>)
+KERNELS(BF16, bf16, with_codec<BF16>)
+KERNELS(BF16, bf16_any, with_any<BF16>)
 
 // One token's products of matrices that are not encoded.
 extern "C" __global__ void __launch_bounds__(512, 2) product_plain(const __grid_constant__ Launch l) {

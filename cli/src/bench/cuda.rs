@@ -3,7 +3,7 @@
 mod kernels;
 mod models;
 
-use super::workload::ModelShape;
+use super::workload::{Form, ModelShape};
 use super::{Args, Result};
 use crate::output;
 use codecllm_codec::Format;
@@ -27,8 +27,9 @@ struct Report {
 }
 
 /// Runs what was chosen: operations with `--kernels` or with what only they have, models with `--model-shape`, and both where nothing was.
-pub fn run(index: usize, args: &Args, formats: Option<&[Format]>) -> Result<ExitCode> {
-    let formats = formats.unwrap_or(Format::ALL);
+pub fn run(index: usize, args: &Args, forms: Option<&[Form]>) -> Result<ExitCode> {
+    let all: Vec<Form> = Format::ALL.iter().copied().map(Form::from).collect();
+    let forms = forms.unwrap_or(&all);
     let wants_kernels = args.gpu.is_used() || !args.shape.is_empty();
     let shapes = match (&args.model_shape[..], wants_kernels) {
         ([], false) => &MODEL_SHAPES,
@@ -36,7 +37,7 @@ pub fn run(index: usize, args: &Args, formats: Option<&[Format]>) -> Result<Exit
     };
     let options = kernels::Options {
         shapes: &args.shape,
-        formats,
+        forms,
         gpu: &args.gpu,
         seconds: args.seconds.unwrap_or(SECONDS),
         rounds: args.rounds,
@@ -57,7 +58,7 @@ pub fn run(index: usize, args: &Args, formats: Option<&[Format]>) -> Result<Exit
     // Models have the memory for themselves.
     drop(opened);
     for &shape in shapes {
-        report.models.push(models::measure(index, shape, formats, args.seed, args.rounds, &args.memory)?);
+        report.models.push(models::measure(index, shape, forms, args.seed, args.rounds, &args.memory)?);
     }
     if args.json {
         output::print_json(&report)?;

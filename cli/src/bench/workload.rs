@@ -11,8 +11,10 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rayon::prelude::*;
 use std::collections::HashMap;
+use std::fmt::{Display, Formatter};
 use std::ops::Range;
 use std::path::Path;
+use std::str::FromStr;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -301,12 +303,12 @@ impl DrawnModel {
     }
 
     /// The same with its matrices encoded.
-    pub fn encode(&self, format: Format, prefer: Prefer) -> Result<Self> {
+    pub fn encode(&self, form: Form, prefer: Prefer) -> Result<Self> {
         let encode = |(name, tensor): (&String, &Tensor)| -> Result<(String, Tensor)> {
             if tensor.shape.len() != 2 {
                 return Ok((name.clone(), tensor.clone()));
             }
-            let options = encode_options(format, prefer, tensor)?;
+            let options = encode_options(form, prefer, tensor)?;
             let data = Bytes::from(encode_tensor(tensor, &options).map_err(|e| e.in_tensor(name))?);
             Ok((name.clone(), Tensor { dtype: Dtype::U8, shape: vec![data.len()], data, ..tensor.clone() }))
         };
@@ -442,11 +444,47 @@ impl Weights {
     }
 }
 
-/// Options for a format; `rate` gets a step that makes about four bits a weight.
-pub fn encode_options(format: Format, prefer: Prefer, tensor: &Tensor) -> Result<EncodeOptions> {
-    const STEP_PER_RMS: f64 = 0.25;
-    let step = (format == Format::Rate).then(|| rms(tensor).map(|rms| (STEP_PER_RMS * rms) as f32)).transpose()?;
-    Ok(EncodeOptions { format, prefer, step, ..EncodeOptions::default() })
+/// How matrices are encoded: in a format, or as `rate` with a trellis, which is `rate-trellis`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Form {
+    pub format: Format,
+    pub trellis: bool,
+}
+
+impl Form {
+    const TRELLIS: &str = "rate-trellis";
+}
+
+impl From<Format> for Form {
+    fn from(format: Format) -> Self {
+        Self { format, trellis: false }
+    }
+}
+
+impl FromStr for Form {
+    type Err = codecllm_codec::Error;
+
+    fn from_str(name: &str) -> std::result::Result<Self, Self::Err> {
+        match name {
+            Self::TRELLIS => Ok(Self { format: Format::Rate, trellis: true }),
+            _ => name.parse::<Format>().map(Self::from),
+        }
+    }
+}
+
+impl Display for Form {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        if self.trellis { f.write_str(Self::TRELLIS) } else { self.format.fmt(f) }
+    }
+}
+
+/// Options for a form; `rate` gets a step that makes about four bits a weight.
+pub fn encode_options(form: Form, prefer: Prefer, tensor: &Tensor) -> Result<EncodeOptions> {
+    let Form { format, trellis } = form;
+    // Codes of a trellis are on grids of twice the step.
+    let step_per_rms = if trellis { 0.125 } else { 0.25 };
+    let step = (format == Format::Rate).then(|| rms(tensor).map(|rms| (step_per_rms * rms) as f32)).transpose()?;
+    Ok(EncodeOptions { format, prefer, step, trellis, ..EncodeOptions::default() })
 }
 
 /// A draw from the normal distribution (Box and Muller).
@@ -477,6 +515,14 @@ mod tests {
         assert!((0.11..0.13).contains(&spread), "{spread}");
         assert!((3.1..3.25).contains(&mean(&|r| r.1)), "{}", mean(&|r| r.1));
         assert!((3.7..4.0).contains(&mean(&|r| r.2)), "{}", mean(&|r| r.2));
+    }
+
+    #[test]
+    fn a_form_is_a_format_or_one_with_a_trellis() {
+        for name in ["bf16", "fp8", "int8", "rate", "rate-trellis"] {
+            assert_eq!(name.parse::<Form>().unwrap().to_string(), name);
+        }
+        assert!("int8-trellis".parse::<Form>().is_err());
     }
 
     #[test]

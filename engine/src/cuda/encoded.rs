@@ -55,6 +55,8 @@ const CODECS: [&[(u32, u32)]; 3] = [
     &[(4, 5), (4, 6), (2, 3), (2, 4)],
     &[(4, 9), (4, 10), (2, 7), (2, 8)],
 ];
+/// The same for codes of a trellis, which have 2 to 7 bits.
+const TRELLIS_CODECS: &[(u32, u32)] = &[(4, 1), (4, 2), (4, 3), (4, 4), (4, 5), (8, 3), (8, 4), (8, 5), (8, 6)];
 
 /// `Matrix` in decode.cuh; pointers are device addresses.
 #[repr(C)]
@@ -79,6 +81,7 @@ struct Description {
     part_bits: u32,
     bias: i32,
     filler: u32,
+    trellis: u32,
 }
 
 /// `Task` in encoded.cu.
@@ -154,6 +157,8 @@ struct Cut {
 pub(super) struct EncodedKernels {
     /// By format: the encoder's codecs, then any.
     instances: Vec<Arc<Instance>>,
+    /// The encoder's codecs for codes of a trellis.
+    trellis: Arc<Instance>,
     plain: Arc<Instance>,
     /// Operands of several tokens, for `int8` and for floats.
     prepare_int8: CudaFunction,
@@ -188,7 +193,7 @@ pub(super) struct DeviceMatrix {
     _storage: Option<(CudaSlice<u8>, CudaSlice<u8>)>,
 }
 
-/// The kernels for plain matrices, or for one format, and for the encoder's codecs or for any.
+/// The kernels for plain matrices, or for one format, and for the encoder's codecs (with a trellis or without) or for any.
 struct Instance {
     /// For one token.
     product: CudaFunction,
@@ -256,22 +261,21 @@ impl EncodedKernels {
     pub fn new(device: &Device) -> Result<Self> {
         let module = device.load(&code::ENCODED)?;
         let prepare = |name| device.kernel(&module, name, 0);
-        let mut instances = Vec::new();
         let shared_limit = device.shared_bytes() - DECLARED_BYTES;
         let kernel = |verb: &str, what: &str| device.kernel(&module, &format!("{verb}_{what}"), shared_limit);
-        for format in FORMATS {
-            for what in [format.to_string(), format!("{format}_any")] {
-                let encoded = EncodedInstance {
-                    decode_codes: kernel("decode_codes", &what)?,
-                    decode_values: kernel("decode_values", &what)?,
-                    gather_rows: kernel("gather_rows", &what)?,
-                    products: [kernel("product_8", &what)?, kernel("product_16", &what)?],
-                };
-                instances.push(Arc::new(Instance { product: kernel("product_1", &what)?, encoded: Some(encoded) }));
-            }
-        }
+        let instance = |what: &str| -> Result<Arc<Instance>> {
+            let encoded = EncodedInstance {
+                decode_codes: kernel("decode_codes", what)?,
+                decode_values: kernel("decode_values", what)?,
+                gather_rows: kernel("gather_rows", what)?,
+                products: [kernel("product_8", what)?, kernel("product_16", what)?],
+            };
+            Ok(Arc::new(Instance { product: kernel("product_1", what)?, encoded: Some(encoded) }))
+        };
+        let names = FORMATS.iter().flat_map(|format| [format.to_string(), format!("{format}_any")]);
         Ok(Self {
-            instances,
+            instances: names.map(|what| instance(&what)).collect::<Result<_>>()?,
+            trellis: instance("int8_trellis")?,
             plain: Arc::new(Instance { product: kernel("product", "plain")?, encoded: None }),
             prepare_int8: prepare("prepare_int8_mma")?,
             prepare_float: prepare("prepare_float_mma")?,
@@ -319,7 +323,8 @@ fn is_fast(format: Format, params: &Params) -> bool {
         (Format::Bf16, _) => k.saturating_sub(1),
         _ => 0,
     };
-    CODECS[format_index(format)].contains(&(g, k)) && params.bias & ((1 << clear_bits) - 1) == 0
+    let codecs = if params.trellis { TRELLIS_CODECS } else { CODECS[format_index(format)] };
+    codecs.contains(&(g, k)) && params.bias & ((1 << clear_bits) - 1) == 0
 }
 
 /// The table as the kernels look it up, by slot. Low half: what the shifted state changes by, from the top bit down, and
@@ -338,8 +343,11 @@ fn table_entries(tensor: &Layout, params: &Params) -> Vec<u64> {
             _ if k == 0 => (0..g).fold(0, |y, i| y | ((bias as u32).wrapping_add(part(i)) & 0xff) << (8 * i)),
             (Format::Bf16, 4) => (0..4).fold(0, |y, i| y | ((bias as u32 + (part(i) << low_bits)) >> 8) << (8 * i)),
             (Format::Bf16, _) => (0..g).fold(0, |y, i| y | (bias as u32 + (part(i) << low_bits)) << (16 * i)),
-            // A part of eight is one bit; the second quad's lie one lower.
-            (_, 8) => (0..4).fold(0, |y, i| y | (part(i) << low_bits | part(i + 4) << (low_bits - 1)) << (8 * i)),
+            // A part of eight is one bit; the second quad's lie one lower, or where its raw bits leave them room.
+            (_, 8) => {
+                let second = if k == 4 { 7 } else { low_bits - 1 };
+                (0..4).fold(0, |y, i| y | (part(i) << low_bits | part(i + 4) << second) << (8 * i))
+            }
             _ => (0..g).fold(0, |y, i| y | part(i) << (low_bits + 8 * i)),
         }
     };
@@ -425,11 +433,15 @@ impl DeviceMatrix {
             part_bits: params.part_bits,
             bias: params.bias,
             filler: params.filler(tensor.format()).into(),
+            trellis: params.trellis.into(),
         };
         let (g, k) = (params.parts_per_symbol, params.raw_bits);
         let format = kernel_format(tensor);
         let fast = is_fast(format, params);
-        let kernels = kernels.instances[2 * format_index(format) + usize::from(!fast)].clone();
+        let kernels = match fast && params.trellis {
+            true => kernels.trellis.clone(),
+            false => kernels.instances[2 * format_index(format) + usize::from(!fast)].clone(),
+        };
         let codec = if fast { g << 4 | k } else { 0 };
         let bytes = (tensor.n_bytes() + (8 << params.table_bits)) as u64;
         Ok(Self { format, description, bytes, kernels, codec, _storage: None })
@@ -910,6 +922,7 @@ mod tests {
                         part_bits: *w,
                         block_cols,
                         bias: 0,
+                        trellis: false,
                     };
                     if format == Format::Bf16 {
                         // The magnitudes below about 0.25.
@@ -924,6 +937,43 @@ mod tests {
             }
         }
         assert!(all.len() > 200);
+        all.extend(trellis_tensors());
+        all
+    }
+
+    /// Codes of a trellis, of odd shapes and with all parts and raw bits that there are.
+    fn trellis_tensors() -> Vec<(String, EncodedTensor)> {
+        let sources = [(33, 31), (75, 1000)].map(|(n_rows, n_cols)| tensor(n_rows, n_cols, 3));
+        let mut all = Vec::new();
+        for (i, source) in sources.iter().enumerate() {
+            for (parts_per_symbol, raw_bits, part_bits) in
+                [1, 2, 4, 8].into_iter().flat_map(|g| (1..7).flat_map(move |k| (1..8 - k).map(move |w| (g, k, w))))
+            {
+                if parts_per_symbol * part_bits > 15 {
+                    continue; // more than a symbol has
+                }
+                // Blocks of an odd number of units; few patches and many.
+                let (block_cols, table_bits) = ([32, 96, 224, 512][(i + part_bits as usize) % 4], 8 + raw_bits % 3);
+                let params =
+                    Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols, bias: 0, trellis: true };
+                let step = Some([0.003, 0.02][(i + raw_bits as usize) % 2]);
+                let options = EncodeOptions { format: Format::Rate, step, params: Some(params), ..Default::default() };
+                all.push((format!("{:?} {params:?}", source.shape), parse(encode_tensor(source, &options).unwrap())));
+            }
+            for prefer in [Prefer::Size, Prefer::Balanced, Prefer::Speed] {
+                let options = EncodeOptions {
+                    format: Format::Rate,
+                    prefer,
+                    step: Some(0.01),
+                    trellis: true,
+                    ..Default::default()
+                };
+                all.push((
+                    format!("{:?} trellis {prefer:?}", source.shape),
+                    parse(encode_tensor(source, &options).unwrap()),
+                ));
+            }
+        }
         all
     }
 
@@ -970,12 +1020,15 @@ mod tests {
         let codecs = [
             (Format::Int8, 8, 10, 4, 1, 0),
             (Format::Int8, 4, 10, 6, 2, 0),
+            (Format::Rate, 8, 10, 4, 1, 0),
+            (Format::Rate, 4, 10, 2, 3, 0),
             (Format::Fp8, 2, 13, 3, 4, 0),
             (Format::Bf16, 4, 12, 9, 3, 116 << 7),
         ];
         let encode = |source: &Tensor, (format, parts_per_symbol, table_bits, raw_bits, part_bits, bias)| {
-            let params = Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols: 32, bias };
-            let options = EncodeOptions { format, params: Some(params), ..Default::default() };
+            let trellis = format == Format::Rate;
+            let params = Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols: 32, bias, trellis };
+            let options = EncodeOptions { format, step: Some(0.01), params: Some(params), ..Default::default() };
             (format!("{:?} {format} {params:?}", source.shape), parse(encode_tensor(source, &options).unwrap()))
         };
         sources.iter().flat_map(|source| codecs.map(|codec| encode(source, codec))).collect()
@@ -996,9 +1049,11 @@ mod tests {
     fn what_is_encoded_for_speed_has_kernels() {
         let source = tensor(256, 512, 7);
         // From 7 bits to 0.6.
-        let steps = (0..8).map(|i| (Format::Rate, Some(0.002 * 2f32.powi(i))));
-        for (format, step) in [Format::Int8, Format::Fp8, Format::Bf16].map(|f| (f, None)).into_iter().chain(steps) {
-            let options = EncodeOptions { format, prefer: Prefer::Speed, step, ..Default::default() };
+        let steps = (0..16).map(|i| (Format::Rate, Some(0.002 * 2f32.powi(i / 2)), i % 2 == 1));
+        for (format, step, trellis) in
+            [Format::Int8, Format::Fp8, Format::Bf16].map(|f| (f, None, false)).into_iter().chain(steps)
+        {
+            let options = EncodeOptions { format, prefer: Prefer::Speed, step, trellis, ..Default::default() };
             let t = parse(encode_tensor(&source, &options).unwrap());
             let params = t.params().unwrap();
             assert!(is_fast(kernel_format(&t.layout()), params), "{format}, step {step:?}: {params:?}");
@@ -1157,7 +1212,7 @@ mod tests {
         let stream = device.stream();
         // With few parts and many, so with patches everywhere and without.
         let params = |parts_per_symbol, table_bits, raw_bits, part_bits, bias| {
-            Some(Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols: 256, bias })
+            Some(Params { parts_per_symbol, table_bits, raw_bits, part_bits, block_cols: 256, bias, trellis: false })
         };
         let all_params =
             [params(4, 12, 9, 3, 116 << 7), params(4, 10, 10, 2, 0x7a << 7), params(2, 13, 7, 5, 116 << 7), None];

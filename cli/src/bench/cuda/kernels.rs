@@ -1,6 +1,6 @@
 //! Single operations on a GPU, at the shapes of models' matrices.
 
-use crate::bench::workload::{Workload, encode_options};
+use crate::bench::workload::{Form, Workload, encode_options};
 use crate::bench::{GpuArgs, Result};
 use codecllm_codec::block::{BLOCK_ROWS, Params};
 use codecllm_codec::encoded::{Checks, EncodeOptions};
@@ -21,7 +21,7 @@ const SEARCH_WEIGHTS: usize = 1 << 21;
 pub struct Options<'a> {
     /// None: [`SHAPES`].
     pub shapes: &'a [(usize, usize)],
-    pub formats: &'a [Format],
+    pub forms: &'a [Form],
     pub gpu: &'a GpuArgs,
     pub seconds: f64,
     pub rounds: usize,
@@ -171,15 +171,15 @@ fn contenders<'b>(
             }
         }
     }
-    for &format in options.formats {
-        let encode = encode_options_of(&source, format, options)?;
+    for &form in options.forms {
+        let encode = encode_options_of(&source, form, options)?;
         let tensor = encode_parsed(&source, &encode)?;
         let bits = 8.0 * tensor.bytes().len() as f64 / (n_rows * n_cols) as f64;
         let params = tensor.params().copied();
         let encoded = bench.encoded(tensor)?;
         let ours = |operation, what| Contender {
             params,
-            ..Contender::new(operation, what, "encoded", format.to_string(), bits)
+            ..Contender::new(operation, what, "encoded", form.to_string(), bits)
         };
         contenders.push(ours(bench.decode(&encoded, Decoded::Codes)?, "decode to codes"));
         contenders.push(ours(bench.decode(&encoded, Decoded::Values)?, "decode to bf16"));
@@ -187,7 +187,8 @@ fn contenders<'b>(
             let contender = ours(bench.multiply(&encoded, n_tokens)?, PRODUCT);
             contenders.push(Contender { tokens: Some(n_tokens), ..contender });
         }
-        if bench.nvcomp().is_ok() {
+        // Coder `zstd` has no trellis.
+        if bench.nvcomp().is_ok() && !form.trellis {
             let zstd = EncodeOptions { coder: Coder::Zstd, params: None, ..encode };
             let zstd = encode_parsed(&source, &zstd)?;
             for (coder, name) in [(NvcompCoder::Zstd, "nvcomp zstd"), (NvcompCoder::Ans, "nvcomp ans")] {
@@ -197,11 +198,11 @@ fn contenders<'b>(
                         // With the scales, as ours.
                         let bytes = bytes + zstd.sizes().scales;
                         let bits = 8.0 * bytes as f64 / (n_rows * n_cols) as f64;
-                        contenders.push(Contender::new(operation, "decode to codes", name, format.to_string(), bits));
+                        contenders.push(Contender::new(operation, "decode to codes", name, form.to_string(), bits));
                     }
                     // The others are measured without it.
                     Err(e) => {
-                        let problem = format!("{n_rows}x{n_cols} {format}, {name}: {e}");
+                        let problem = format!("{n_rows}x{n_cols} {form}, {name}: {e}");
                         eprintln!("{problem}");
                         problems.push(problem);
                     }
@@ -247,10 +248,11 @@ fn encode_parsed(source: &Tensor, options: &EncodeOptions) -> Result<EncodedTens
     Ok(EncodedTensor::parse(encode_tensor(source, options)?.into(), Checks::Full)?)
 }
 
-fn encode_options_of(source: &Tensor, format: Format, options: &Options<'_>) -> Result<EncodeOptions> {
+fn encode_options_of(source: &Tensor, form: Form, options: &Options<'_>) -> Result<EncodeOptions> {
     let prefer = options.gpu.prefer.unwrap_or(Prefer::Speed);
-    let mut encode = EncodeOptions { params: options.gpu.params, ..encode_options(format, prefer, source)? };
-    if format == Format::Rate {
+    let params = options.gpu.params.map(|params| Params { trellis: form.trellis, ..params });
+    let mut encode = EncodeOptions { params, ..encode_options(form, prefer, source)? };
+    if form.format == Format::Rate {
         encode = at_bits(source, options.gpu.bits.unwrap_or(RATE_BITS), encode)?;
     }
     Ok(encode)
@@ -343,18 +345,19 @@ mod tests {
     #[test]
     fn the_step_makes_the_bits_that_are_asked_for() {
         let source = Workload::of_shape(512, 2048, 1, 0).matrices[0].tensor();
-        for bits in [3.0, 4.5, 6.0] {
-            let encode = encode_options(Format::Rate, Prefer::Speed, &source).unwrap();
+        let forms = ["rate", "rate-trellis"].map(|name| name.parse::<Form>().unwrap());
+        for (form, bits) in forms.into_iter().flat_map(|form| [3.0, 4.5, 6.0].map(|bits| (form, bits))) {
+            let encode = encode_options(form, Prefer::Speed, &source).unwrap();
             let bytes = encode_tensor(&source, &at_bits(&source, bits, encode).unwrap()).unwrap();
             let found = 8.0 * bytes.len() as f64 / (512.0 * 2048.0);
-            assert!((found - bits).abs() < 0.05, "{found} for {bits}");
+            assert!((found - bits).abs() < 0.05, "{form}: {found} for {bits}");
         }
     }
 
     #[test]
     fn a_sample_of_long_rows_tells_the_bits_of_all() {
         let source = Workload::of_shape(512, 14336, 1, 0).matrices[0].tensor();
-        let encode = encode_options(Format::Rate, Prefer::Speed, &source).unwrap();
+        let encode = encode_options(Format::Rate.into(), Prefer::Speed, &source).unwrap();
         let bytes = encode_tensor(&source, &at_bits(&source, 4.5, encode).unwrap()).unwrap();
         let found = 8.0 * bytes.len() as f64 / (512.0 * 14336.0);
         assert!((found - 4.5).abs() < 0.05, "{found}");

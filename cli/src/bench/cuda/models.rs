@@ -1,10 +1,10 @@
 //! Whole models on a GPU: tokens a second, the time of a prompt, and memory, in BF16 and in each format.
 
 use crate::bench::Result;
-use crate::bench::workload::{DrawnModel, ModelShape};
+use crate::bench::workload::{DrawnModel, Form, ModelShape};
 use crate::model::{MemoryArgs, describe_memory};
+use codecllm_codec::Prefer;
 use codecllm_codec::encoded::Checks;
-use codecllm_codec::{Format, Prefer};
 use codecllm_engine::cuda::{CudaBackend, Device};
 use codecllm_engine::weights::Loader;
 use codecllm_engine::{Logits, MemoryUse, Model, TensorSource};
@@ -48,7 +48,7 @@ struct Measurement {
 pub fn measure(
     index: usize,
     shape: ModelShape,
-    formats: &[Format],
+    forms: &[Form],
     seed: u64,
     rounds: usize,
     memory: &MemoryArgs,
@@ -57,10 +57,10 @@ pub fn measure(
     eprintln!("{}: drawing the weights", shape.name());
     let drawn = DrawnModel::new(shape, seed)?;
     let mut results: Vec<Measurement> = Vec::new();
-    for format in std::iter::once(None).chain(formats.iter().copied().map(Some)) {
-        let label = format.map_or("bf16 plain".to_string(), |f| format!("encoded {f}"));
+    for form in std::iter::once(None).chain(forms.iter().copied().map(Some)) {
+        let label = form.map_or("bf16 plain".to_string(), |f| format!("encoded {f}"));
         eprintln!("{label}");
-        let encoded = format.map(|format| drawn.encode(format, Prefer::Speed)).transpose()?;
+        let encoded = form.map(|form| drawn.encode(form, Prefer::Speed)).transpose()?;
         let source = encoded.as_ref().unwrap_or(&drawn);
         let free_before = device.memory()?.0;
         let own = Device::open(index)?;
@@ -139,12 +139,12 @@ fn median(values: &mut [f64]) -> f64 {
 pub fn print_table(report: &Report) {
     println!("\n{}, {} rounds", report.model_shape, report.rounds);
     println!(
-        "{:<14} {:>11} {:>10} {:>9} {:>9} {:>8} {:>7} {:>11} {:>7}",
+        "{:<20} {:>11} {:>10} {:>9} {:>9} {:>8} {:>7} {:>11} {:>7}",
         "", "bits/weight", "weights", "in use", "tokens/s", "GB/s", "ratio", "2048 prompt", "ratio"
     );
     for m in &report.results {
         println!(
-            "{:<14} {:>11.3} {:>7.3} GB {:>6.2} GB {:>9.1} {:>8.0} {:>7.3} {:>8.2} ms {:>7.3}",
+            "{:<20} {:>11.3} {:>7.3} GB {:>6.2} GB {:>9.1} {:>8.0} {:>7.3} {:>8.2} ms {:>7.3}",
             m.name,
             m.bits_per_weight,
             m.weight_bytes as f64 / 1e9,
