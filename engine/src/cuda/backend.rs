@@ -294,7 +294,9 @@ impl CudaBackend {
                 }
             }
         }
-        for (mut fused, most) in [(plain, 1), (encoded, PRODUCT_TOKENS)] {
+        // Lossless weights as plain ones: so that both add up alike.
+        let most = encoded.iter().map(|(matrix, _)| fused_tokens(matrix)).min().unwrap_or(1);
+        for (mut fused, most) in [(plain, 1), (encoded, most)] {
             if !fused.is_empty() {
                 self.fused(&x, &mut self.scratch(), &mut fused, most)?;
             }
