@@ -45,7 +45,7 @@ if ((${#names[@]} == 0)); then
 fi
 for name in "${names[@]}"; do
     source=engine/cuda/$name.cu
-    nvcc -std=c++17 -O3 -Xptxas -v -fatbin --compress-mode=size "${targets[@]}" -o "$out/$name.fatbin" "$source" \
+    nvcc -std=c++17 -O3 -Xptxas -v --threads 0 -fatbin --compress-mode=size "${targets[@]}" -o "$out/$name.fatbin" "$source" \
         2>"$out/$name.log" || { cat "$out/$name.log" >&2 && exit 1; }
     sed -nE "s/.*Compiling entry function '([^']*)' for '([^']*)'/\2 \1/p; s/.*info *: (Used .*)/    \1/p; /spill/p" \
         "$out/$name.log" | c++filt
