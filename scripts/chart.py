@@ -7,7 +7,7 @@
 import json
 import sys
 
-FORMATS = {"rate": "#1b7f5c", "int8": "#2f6db5", "bf16": "#b5652f", "fp8": "#7a4fa3"}
+FORMATS = {"rate": "#1b7f5c", "rate-trellis": "#7cb9a0", "int8": "#2f6db5", "bf16": "#b5652f", "fp8": "#7a4fa3"}
 WIDTH, LEFT, RIGHT, BAR, GAP = 760, 150, 110, 11, 12
 
 
@@ -49,7 +49,7 @@ def main():
             continue
         body.append(f'<rect x="{x}" y="{y - 10}" width="11" height="11" fill="{color}"/>')
         text(x + 16, y, name)
-        x += 70
+        x += 40 + 7 * len(name)
     for title, rows in panels:
         y += 34
         text(8, y, title, 'font-weight="bold"')

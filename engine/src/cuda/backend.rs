@@ -294,9 +294,7 @@ impl CudaBackend {
                 }
             }
         }
-        // Lossless weights as plain ones: so that both add up alike.
-        let most = encoded.iter().map(|(matrix, _)| fused_tokens(matrix)).min().unwrap_or(1);
-        for (mut fused, most) in [(plain, 1), (encoded, most)] {
+        for (mut fused, most) in [(plain, 1), (encoded, PRODUCT_TOKENS)] {
             if !fused.is_empty() {
                 self.fused(&x, &mut self.scratch(), &mut fused, most)?;
             }
