@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import codecllm
 import pytest
@@ -16,15 +17,22 @@ pytestmark = pytest.mark.cuda
 
 # Shapes with partial blocks, units and rows; what the encoder chooses for each preference has kernels of its own.
 SHAPES = [(200, 300), (33, 64), (1024, 2048), (4096, 96)]
-FORMATS = [("bf16", None), ("fp8", None), ("int8", None), ("rate", 5.0)]
+FORMATS = [("bf16", None), ("fp8", None), ("int8", None), ("rate", 5.0), ("rate-trellis", 5.0)]
+#: Whose sums are whole numbers.
+INTEGERS = ("int8", "rate", "rate-trellis")
 # A small matrix cannot be had at any rate, but on any grid.
 STEP = 0.002
+
+
+def options_of(format: str) -> dict[str, Any]:
+    """A format, or `rate` with a trellis."""
+    return {"format": format.removesuffix("-trellis"), "trellis": format.endswith("-trellis")}
 
 
 def layer(format: str, bits: float | None, shape: tuple[int, int], bias: bool = True, prefer: str = "speed") -> CompressedLinear:
     torch.manual_seed(0)
     plain = nn.Linear(shape[1], shape[0], bias=bias, dtype=torch.bfloat16)
-    return CompressedLinear.from_linear(plain, format, step=bits and STEP, prefer=prefer)  # type: ignore[arg-type]
+    return CompressedLinear.from_linear(plain, **options_of(format), step=bits and STEP, prefer=prefer)
 
 
 @pytest.mark.parametrize("prefer", ["size", "balanced", "speed"])
@@ -38,7 +46,7 @@ def test_products_are_those_of_the_cpu(format: str, bits: float | None, shape: t
         x = torch.randn(n, shape[1])
         wanted, found = cpu(x), gpu(x.cuda()).cpu()
         weight = cpu.decode()
-        if format in ("int8", "rate") and n <= 16:
+        if format in INTEGERS and n <= 16:
             # Sums are the same integers; the bias is added in float32 on both.
             torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
             continue
@@ -133,7 +141,7 @@ def test_layers_of_one_input_in_one_launch(format: str, bits: float | None, n: i
     for name, n_rows in {"q_proj": 1024, "k_proj": 256, "v_proj": 250}.items():
         module.add_module(name, nn.Linear(512, n_rows, bias=name != "k_proj"))
     module.cuda()
-    compress_model_(module, format, bits=bits)  # type: ignore[arg-type]
+    compress_model_(module, **options_of(format), bits=bits)
     x = torch.randn(n, 512, device="cuda")
     with torch.no_grad():
         together = [module.get_submodule(name)(x) for name in ("q_proj", "k_proj", "v_proj")]
@@ -141,7 +149,7 @@ def test_layers_of_one_input_in_one_launch(format: str, bits: float | None, n: i
             layer._group = None
             wanted = layer(x)
             # Integers' sums are exact; floats' depend on how the launch cuts the rows.
-            exact = format in ("int8", "rate") and n <= 16
+            exact = format in INTEGERS and n <= 16
             torch.testing.assert_close(found, wanted, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-4)
 
 
