@@ -1001,10 +1001,8 @@ impl EncodedTensor {
         let expected = match self.header.format {
             Format::Rate => match self.header.params {
                 Params { trellis: true, raw_bits, block_cols, .. } => {
-                    let mut q = quantize_to_trellis(source, self.header.step, raw_bits, block_cols as usize)?;
-                    let Codes::U8(codes) = &mut q.codes else { unreachable!("codes of `rate` are bytes") };
-                    codes.to_mut().chunks_exact_mut(n_cols).for_each(|row| trellis::values(row, block_cols as usize));
-                    q
+                    let block_cols = block_cols as usize;
+                    quantize_to_trellis(source, self.header.step, raw_bits, block_cols)?.decoded(n_cols, block_cols)
                 }
                 _ => quantize_to_step(source, self.header.step, raw_bits)?,
             },

@@ -836,11 +836,8 @@ mod tests {
             let factor = InputFactor::new(&moments, true).unwrap();
             let plain_factor = InputFactor::new(&moments, false).unwrap();
             let grid = |step, trellis| Grid { step, raw_bits: Some(2), trellis, targets: None };
-            let of_stream = |q: &QuantizedTensor<'_>| {
-                let mut q = q.clone();
-                let Codes::U8(codes) = &mut q.codes else { panic!("codes of a byte") };
-                codes.to_mut().chunks_exact_mut(n_cols).for_each(|row| trellis::values(row, block_cols));
-                output_error(&w, &values(&q, n_cols), &x, n_cols)
+            let of_stream = |q: &QuantizedTensor<'static>| {
+                output_error(&w, &values(&q.clone().decoded(n_cols, block_cols), n_cols), &x, n_cols)
             };
             // As many bits: each grid has the same distance.
             let found = quantize_with_feedback(&t, &grid(0.2, Some(block_cols)), &factor).unwrap();

@@ -102,6 +102,19 @@ pub struct QuantizedTensor<'a> {
     pub relative_error: f32,
 }
 
+impl QuantizedTensor<'static> {
+    /// With what codes of a [trellis] stand for, in rows of `n_cols` and blocks of `block_cols` columns, in their place: the codes that a
+    /// decoder yields.
+    ///
+    /// # Panics
+    /// The codes have 16 bits.
+    pub fn decoded(mut self, n_cols: usize, block_cols: usize) -> Self {
+        let Codes::U8(codes) = &mut self.codes else { panic!("codes of a trellis are bytes") };
+        codes.to_mut().chunks_exact_mut(n_cols).for_each(|row| trellis::values(row, block_cols));
+        self
+    }
+}
+
 /// The scale of a row whose largest magnitude is `absmax`: zero where the quotient would be subnormal, so that a row below
 /// about 1.5e-36 becomes exactly zero on every machine, flush-to-zero or not.
 pub fn scale_of(format: Format, absmax: f32) -> f32 {

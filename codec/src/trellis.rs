@@ -104,7 +104,7 @@ pub(crate) struct Search {
 
 impl Search {
     /// The stream codes of rows of a block that cost least, by Viterbi's algorithm: error in squared steps, and `costs`. `x[r][c]`: column c of
-    /// row r in steps, below 2^20; `codes` likewise. Up to four rows.
+    /// row r in steps; `codes` likewise. Up to four rows.
     pub(crate) fn rows(&mut self, x: &[&[f32]], costs: &Costs, codes: &mut [&mut [u8]]) {
         let n_cols = x[0].len();
         let n_steps = n_cols.div_ceil(PHASES);

@@ -4,8 +4,7 @@ mod common;
 
 use bytes::Bytes;
 use codecllm_codec::block::Params;
-use codecllm_codec::quantize::{Codes, quantize, quantize_to_trellis};
-use codecllm_codec::trellis::values;
+use codecllm_codec::quantize::{quantize, quantize_to_trellis};
 use codecllm_codec::{Checks, Cpu, Dtype, EncodeOptions, EncodedTensor, Format, Operand, ScaleMode, encode_tensor};
 use common::{tensor, weights};
 
@@ -41,11 +40,9 @@ fn every_decoder_decodes_every_set() {
                         let expected = match &quantized {
                             Some(codes) => codes,
                             None => {
-                                let mut q = quantize_to_trellis(&t, STEP, raw_bits, block_cols as usize).unwrap();
-                                let Codes::U8(codes) = &mut q.codes else { panic!("codes of a byte") };
-                                let rows = codes.to_mut().chunks_exact_mut(n_cols);
-                                rows.for_each(|row| values(row, block_cols as usize));
-                                of_trellis = q.codes;
+                                let block_cols = block_cols as usize;
+                                let q = quantize_to_trellis(&t, STEP, raw_bits, block_cols).unwrap();
+                                of_trellis = q.decoded(n_cols, block_cols).codes;
                                 &of_trellis
                             }
                         };

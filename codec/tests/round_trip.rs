@@ -4,8 +4,7 @@
 mod common;
 
 use bytes::Bytes;
-use codecllm_codec::quantize::{Codes, quantize, quantize_to_step, quantize_to_trellis};
-use codecllm_codec::trellis;
+use codecllm_codec::quantize::{quantize, quantize_to_step, quantize_to_trellis};
 use codecllm_codec::{
     Checks, Coder, Cpu, Dtype, EncodeOptions, EncodedTensor, Format, Operand, Prefer, ScaleMode, Tensor, encode_tensor,
 };
@@ -21,11 +20,8 @@ fn check(t: &Tensor, options: &EncodeOptions) -> EncodedTensor {
     let expected = match options.format {
         Format::Rate if options.trellis => {
             let params = encoded.params().unwrap();
-            let mut q = quantize_to_trellis(t, STEP, params.raw_bits, params.block_cols as usize).unwrap();
-            let Codes::U8(codes) = &mut q.codes else { panic!("codes of a byte") };
-            let rows = codes.to_mut().chunks_exact_mut(t.shape[1]);
-            rows.for_each(|row| trellis::values(row, params.block_cols as usize));
-            q
+            let block_cols = params.block_cols as usize;
+            quantize_to_trellis(t, STEP, params.raw_bits, block_cols).unwrap().decoded(t.shape[1], block_cols)
         }
         Format::Rate => quantize_to_step(t, STEP, encoded.params().map(|p| p.raw_bits)).unwrap(),
         format => quantize(t, format, options.scale).unwrap(),

@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use codecllm_codec::archive::{self, PROVENANCE_FILE, Silent};
 use codecllm_codec::block::Params;
-use codecllm_codec::quantize::quantize;
+use codecllm_codec::quantize::{quantize, quantize_to_trellis};
 use codecllm_codec::{
     Checkpoint, Checks, Cpu, Dtype, EncodeOptions, EncodedTensor, Format, Operand, ScaleMode, Tensor, encode_tensor,
 };
@@ -28,7 +28,9 @@ pub fn encoded_tensor(data: &[u8]) {
 /// Parameters and weights from the bytes: what is encoded decodes.
 pub fn round_trip(data: &[u8]) {
     let Some((&[a, b, c, d, e, f, g, h], rest)) = data.split_first_chunk::<8>() else { return };
-    let format = Format::ALL[usize::from(a) % 3];
+    // `rate` with a trellis, for without one it decodes as `int8` does.
+    let format = Format::ALL[usize::from(a) % 4];
+    let trellis = format == Format::Rate;
     let params = Params {
         parts_per_symbol: 1 << (b % 4),
         table_bits: 5 + u32::from(c) % 10,
@@ -36,7 +38,7 @@ pub fn round_trip(data: &[u8]) {
         part_bits: 1 + u32::from(e) % 15,
         block_cols: 32 * (1 + u32::from(f) % 4),
         bias: if format == Format::Bf16 { i32::from(g) << 7 } else { 0 },
-        trellis: false,
+        trellis,
     };
     let n_cols = 1 + usize::from(h) % 100;
     let n_rows = rest.len() / 2 / n_cols;
@@ -45,8 +47,14 @@ pub fn round_trip(data: &[u8]) {
     }
     let data = Bytes::copy_from_slice(&rest[..2 * n_rows * n_cols]);
     let t = Tensor { name: "w".into(), dtype: Dtype::Bf16, shape: vec![n_rows, n_cols], data };
-    let Ok(expected) = quantize(&t, format, ScaleMode::Channel) else { return };
-    let bytes = encode_tensor(&t, &EncodeOptions { format, params: Some(params), ..Default::default() })
+    let step = trellis.then_some(0.01);
+    let block_cols = params.block_cols as usize;
+    let quantized = match step {
+        Some(step) => quantize_to_trellis(&t, step, params.raw_bits, block_cols).map(|q| q.decoded(n_cols, block_cols)),
+        None => quantize(&t, format, ScaleMode::Channel),
+    };
+    let Ok(expected) = quantized else { return };
+    let bytes = encode_tensor(&t, &EncodeOptions { format, step, params: Some(params), ..Default::default() })
         .expect("a quantizable tensor encodes");
     let encoded = EncodedTensor::parse(bytes.into(), Checks::Full).expect("what was encoded parses");
     for cpu in Cpu::available() {
