@@ -110,7 +110,7 @@ pub struct EncodeOptions {
     pub prefer: Prefer,
     /// `rate`: the distance of neighbouring grid points, in units of the weights; the others have none.
     pub step: Option<f32>,
-    /// `rate`: codes of a [trellis](crate::trellis), which have less error at the same bits. Coder `rans` alone has them.
+    /// `rate`: codes of a [trellis], which have less error at the same bits. Coder `rans` alone has them.
     pub trellis: bool,
     /// The coder's parameters; `None` has the encoder choose them. `prefer` and `trellis` are then without effect, and `zstd` has none.
     pub params: Option<Params>,

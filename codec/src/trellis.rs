@@ -1,8 +1,8 @@
 //! Trellis-coded quantization of format `rate`: which grid a weight's code is on follows from the codes before it.
 //!
 //! There are two grids, of even and of odd multiples of the step. Column c of a block belongs to phase c mod 4; the phases
-//! do not know of each other. With q[t] the code that the stream holds for the t-th column of a phase in its block, the weight stands for
-//! v[t] = 2·q[t] + a[t] steps, where a[0] = 0, a[1] = q[0] mod 2 and a[t] = a[t−2] ⊕ (q[t−1] mod 2): a machine of four
+//! do not know of each other. With `q[t]` the code that the stream holds for the t-th column of a phase in its block, the weight stands for
+//! `v[t] = 2·q[t] + a[t]` steps, where `a[0] = 0`, `a[1] = q[0] mod 2` and `a[t] = a[t−2] ⊕ (q[t−1] mod 2)`: a machine of four
 //! states (Ungerboeck 1982; Marcellin & Fischer 1990; JPEG 2000 part 2). A code costs the bits of a grid of twice the step, while the
 //! choice between paths gives the error of nearly that of the finer one.
 //!
