@@ -10,10 +10,10 @@
 use crate::checkpoint::Tensor;
 use crate::error::{Error, Result};
 use crate::quantize::{
-    Codes, INT8_MAX, QuantizedTensor, TrellisRows, cheapest_thresholds, grid_magnitude, matrix_shape, read_row,
-    row_steps, scales_of,
+    Codes, INT8_MAX, QuantizedTensor, TrellisRows, add_counts, cheapest_thresholds, grid_magnitude, matrix_shape,
+    read_row, row_steps, scales_of,
 };
-use crate::trellis::{self, Costs, N_CODES, N_STATES, PHASES, next_state};
+use crate::trellis::{self, Costs, N_STATES, PHASES, next_state};
 use faer::linalg::matmul::matmul;
 use faer::linalg::solvers::Llt;
 use faer::prelude::Solve;
@@ -462,7 +462,7 @@ struct RowRun<'a> {
 }
 
 impl Paths {
-    /// The codes of a run from `state` on that cost least, by Viterbi's algorithm in which every path has its own feedback; the state
+    /// The codes of a run from `state` on that cost least, and what they stand for, by Viterbi's algorithm in which every path has its own feedback; the state
     /// behind it. `unit(j)`: what an error of column j adds to the run's columns.
     fn search<'u>(
         &mut self,
@@ -471,6 +471,7 @@ impl Paths {
         costs: &Costs,
         state: usize,
         codes: &mut [u8],
+        points: &mut [f32],
     ) -> usize {
         let width = codes.len();
         let mut totals = [f32::INFINITY; N_STATES];
@@ -493,10 +494,8 @@ impl Paths {
             for (before, total) in totals.iter().enumerate().filter(|(_, total)| total.is_finite()) {
                 let (x, grid) = (self.targets[before][j], before >> 1);
                 for parity in 0..2 {
-                    let code = trellis::nearest(x, grid, parity);
-                    let error = x - (2 * i32::from(code) + grid as i32) as f32;
-                    let cost = costs[(i32::from(code) + 64) as usize & (N_CODES - 1)];
-                    let total = total + run.weights[j] * (error * error + cost);
+                    let (code, cost) = trellis::branch(x, grid, parity, costs);
+                    let total = total + run.weights[j] * cost;
                     let reached = &mut reached[next_state(before, parity)];
                     if total < reached.0 {
                         *reached = (total, before, code);
@@ -511,7 +510,7 @@ impl Paths {
                     continue;
                 }
                 self.steps[j][state] = (before as u8, code);
-                let error = original - (2 * i32::from(code) + (before >> 1) as i32) as f32;
+                let error = original - trellis::point(code, before >> 1);
                 let targets = &self.targets[before][j + 1..width];
                 for ((next, target), unit) in self.next[state][j + 1..width].iter_mut().zip(targets).zip(unit) {
                     *next = target + error * unit;
@@ -525,6 +524,7 @@ impl Paths {
             let (before, code) = self.steps[j][state];
             codes[j] = code as u8;
             state = before.into();
+            points[j] = trellis::point(code, state >> 1) * run.step;
         }
         end
     }
@@ -574,13 +574,7 @@ impl Rows<'_> {
                         counts
                     },
                 )
-                .reduce(
-                    || [0; 128],
-                    |mut a, b| {
-                        a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
-                        a
-                    },
-                );
+                .reduce(|| [0; 128], add_counts);
             thresholds = cheapest_thresholds(&counts, raw_bits);
         }
         thresholds
@@ -645,14 +639,9 @@ impl Rows<'_> {
                         let weights = &column_weights[start..end];
                         let (step, block_cols) = (*step, *block_cols);
                         let run = RowRun { targets: row, original, step, weights, cols, block_cols };
-                        let mut state = states[r][*phase];
-                        states[r][*phase] = paths.search(&run, unit_of, costs, state, codes);
-                        for j in 0..width {
-                            state = if cols[j] % block_cols < PHASES { 0 } else { state };
-                            points[j] = (2 * i32::from(codes[j] as i8) + (state >> 1) as i32) as f32 * step;
-                            state = next_state(state, usize::from(codes[j] & 1));
-                            feed_back(row, points, j);
-                        }
+                        let state = &mut states[r][*phase];
+                        *state = paths.search(&run, unit_of, costs, *state, codes, points);
+                        (0..width).for_each(|j| feed_back(row, points, j));
                     }
                 }
             }
@@ -697,13 +686,13 @@ impl Rows<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::checkpoint::Dtype;
     use crate::quantize::{Scales, quantize_to_step, quantize_to_trellis};
 
     /// Pseudo-random numbers of about unit variance.
-    fn noise(n: usize, seed: u64) -> Vec<f32> {
+    pub(crate) fn noise(n: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
         let mut uniform = || {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

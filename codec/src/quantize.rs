@@ -124,7 +124,7 @@ pub fn scale_of(format: Format, absmax: f32) -> f32 {
 
 /// Rounds to the nearest integer, ties to even, for |x| ≤ 2^22; unlike `round_ties_even` it vectorizes on any target.
 #[inline(always)]
-fn round_even(x: f32) -> f32 {
+pub(crate) fn round_even(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5·2^23: the sum's unit in the last place is 1
     (x + MAGIC) - MAGIC
 }
@@ -399,13 +399,7 @@ pub fn quantize_to_step(t: &Tensor, step: f32, raw_bits: Option<u32>) -> Result<
                     counts
                 },
             )
-            .reduce(
-                || [0; 128],
-                |mut a, b| {
-                    a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
-                    a
-                },
-            );
+            .reduce(|| [0; 128], add_counts);
         thresholds = cheapest_thresholds(&counts, raw_bits.unwrap_or(0));
     }
 
@@ -507,10 +501,6 @@ impl TrellisRows<'_> {
         let all: Vec<usize> =
             (0..n_rows).step_by(SEARCH_ROWS * COUNT_STRIDE.min(n_rows.div_ceil(SEARCH_ROWS * 4))).collect();
         let rows_from = |first: usize| first..n_rows.min(first + SEARCH_ROWS);
-        let sum = |mut a: [u64; N_CODES], b: [u64; N_CODES]| {
-            a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
-            a
-        };
         let count = |codes: &mut dyn Iterator<Item = i8>| {
             let mut counts = [0u64; N_CODES];
             codes.for_each(|c| counts[(i32::from(c) + 64) as usize] += 1);
@@ -520,7 +510,7 @@ impl TrellisRows<'_> {
             self.read(rows_from(first), x);
             count(&mut x.iter().enumerate().map(|(i, x)| trellis::nearby_code(*x, i % self.n_cols)))
         });
-        let costs = trellis::costs(&counts.reduce(|| [0; N_CODES], sum), raw_bits);
+        let costs = trellis::costs(&counts.reduce(|| [0; N_CODES], add_counts), raw_bits);
         // The bits depend on how often codes occur, and that on the bits: a second look is enough.
         let counts = all.par_iter().map_init(
             || (Vec::new(), Vec::new(), Search::default()),
@@ -531,7 +521,7 @@ impl TrellisRows<'_> {
                 count(&mut codes.iter().map(|c| *c as i8))
             },
         );
-        trellis::costs(&counts.reduce(|| [0; N_CODES], sum), raw_bits)
+        trellis::costs(&counts.reduce(|| [0; N_CODES], add_counts), raw_bits)
     }
 }
 
@@ -594,6 +584,12 @@ pub(crate) fn nearby_codes(t: &Tensor, step: f32) -> Result<Codes<'static>> {
         codes.iter_mut().zip(x).enumerate().for_each(|(c, (code, x))| *code = trellis::nearby_code(*x, c) as u8);
     });
     Ok(Codes::U8(codes.into()))
+}
+
+/// The sums of two histograms' counts.
+pub(crate) fn add_counts(mut a: [u64; 128], b: [u64; 128]) -> [u64; 128] {
+    a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+    a
 }
 
 /// The magnitude of the code of `x` ≥ 0 steps: the grid point below, or the one above from the threshold on.

@@ -9,6 +9,8 @@
 //! Four phases, so that a decoder that holds four columns in a word needs two words of state and three operations for four weights: the
 //! recurrence is linear over GF(2), and goes from word to word without any shift.
 
+use crate::quantize::round_even;
+
 /// Columns of a block whose recurrences run side by side.
 pub const PHASES: usize = 4;
 /// A row's largest magnitude is at most this many steps: so every code of every grid next to it fits eight bits.
@@ -50,7 +52,7 @@ pub fn values(codes: &mut [u8], block_cols: usize) {
 pub(crate) fn nearby_code(x: f32, col: usize) -> i8 {
     // Either grid is as likely.
     let grid = (col / PHASES % 2) as f32;
-    ((x - grid) * 0.5).round_ties_even().clamp(-64.0, 63.0) as i8
+    round_even((x - grid) * 0.5).clamp(-64.0, 63.0) as i8
 }
 
 /// What stream codes cost, in squared steps: `[code + 64]`.
@@ -84,10 +86,23 @@ pub(crate) fn next_state(state: usize, parity: usize) -> usize {
 
 /// The code of parity `parity` on grid `grid` whose value is nearest to `x`, of those of eight bits.
 #[inline(always)]
-pub(crate) fn nearest(x: f32, grid: usize, parity: usize) -> i8 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5·2^23: rounds to a whole number, ties to even
-    let k = ((x.clamp(-124.0, 124.0) - (2 * parity + grid) as f32) * 0.25 + MAGIC) - MAGIC;
+fn nearest(x: f32, grid: usize, parity: usize) -> i8 {
+    let k = round_even((x.clamp(-124.0, 124.0) - (2 * parity + grid) as f32) * 0.25);
     2 * k as i8 + parity as i8
+}
+
+/// The value in steps of a code on grid `grid`.
+#[inline(always)]
+pub(crate) fn point(code: i8, grid: usize) -> f32 {
+    (2 * i32::from(code) + grid as i32) as f32
+}
+
+/// The [`nearest`] code to `x`, and what that costs, error and bits.
+#[inline(always)]
+pub(crate) fn branch(x: f32, grid: usize, parity: usize, costs: &Costs) -> (i8, f32) {
+    let code = nearest(x, grid, parity);
+    let error = x - point(code, grid);
+    (code, error * error + costs[(i32::from(code) + 64) as usize & (N_CODES - 1)])
 }
 
 /// Columns of a row's phase, and rows, that go through Viterbi's algorithm together.
@@ -125,10 +140,7 @@ impl Search {
                 for parity in 0..2 {
                     let (more, found) = (&mut more[2 * grid + parity], &mut found[2 * grid + parity]);
                     for lane in 0..LANES {
-                        let code = nearest(at[lane], grid, parity);
-                        let error = at[lane] - (2 * i32::from(code) + grid as i32) as f32;
-                        found[lane] = code;
-                        more[lane] = error * error + costs[(i32::from(code) + 64) as usize & (N_CODES - 1)];
+                        (found[lane], more[lane]) = branch(at[lane], grid, parity, costs);
                     }
                 }
             }
@@ -167,13 +179,9 @@ impl Search {
 mod tests {
     use super::*;
 
+    /// Pseudo-random weights in steps.
     fn noise(n: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed;
-        let mut uniform = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1 << 24) as f32 - 0.5
-        };
-        (0..n).map(|_| 20.0 * (uniform() + uniform() + uniform())).collect()
+        crate::feedback::tests::noise(n, seed).iter().map(|v| 10.0 * v).collect()
     }
 
     #[test]

@@ -51,6 +51,7 @@ pub struct Calibrated {
 /// # Errors
 /// As [`compress`], as far as the source and the target are concerned.
 pub fn plan(src: &Path, options: &CompressOptions, progress: &dyn Progress) -> Result<Vec<PlannedTensor>> {
+    options.encode.check()?;
     let source = Checkpoint::open(src)?;
     refuse_compressed(&source, read_config(src)?.as_ref())?;
     plan_selected(&source, &options.layers.select(&source)?, options, progress)
@@ -71,7 +72,6 @@ fn plan_selected(
     options: &CompressOptions,
     progress: &dyn Progress,
 ) -> Result<Vec<PlannedTensor>> {
-    options.encode.check()?;
     match (options.encode.format, options.rate) {
         (Format::Rate, Some(rate)) => choose_steps(source, selected, rate, &options.encode, progress),
         (Format::Rate, None) => {

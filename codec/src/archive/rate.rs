@@ -142,7 +142,7 @@ impl Candidate {
     /// How the tensor is encoded.
     fn options(&self, theta: f64, options: &EncodeOptions) -> EncodeOptions {
         match self.exact {
-            Some(_) => EncodeOptions { format: Format::Bf16, step: None, trellis: false, params: None, ..*options },
+            Some(_) => kept_exact(options),
             None => EncodeOptions { step: Some(self.step(theta)), params: self.params, ..*options },
         }
     }
@@ -170,8 +170,7 @@ impl Candidate {
 
     /// What it takes and saves to keep the tensor as it is rather than on its finest grid.
     fn exactness(&self, options: &EncodeOptions) -> Result<Exactness> {
-        let exact = EncodeOptions { format: Format::Bf16, step: None, trellis: false, params: None, ..*options };
-        let (bits, _) = self.encoded_bits(&exact)?;
+        let (bits, _) = self.encoded_bits(&kept_exact(options))?;
         let finest = match self.trellis {
             true => quantize_to_trellis(&self.sample, self.step(THETA.0), 6, self.sample.shape[1])?,
             false => quantize_to_step(&self.sample, self.step(THETA.0), None)?,
@@ -184,6 +183,11 @@ impl Candidate {
             saved: n_weights * (error / self.role).powi(2),
         })
     }
+}
+
+/// How a tensor is encoded that is kept as it is.
+fn kept_exact(options: &EncodeOptions) -> EncodeOptions {
+    EncodeOptions { format: Format::Bf16, step: None, trellis: false, params: None, ..*options }
 }
 
 /// A tensor as `bf16`, against its finest grid.
