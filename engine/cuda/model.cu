@@ -89,6 +89,8 @@ extern "C" __global__ void silu_mul(const __grid_constant__ SiluMul p) {
 
 // ---- Attention -------------------------------------------------------------------------------------------------------
 
+constexpr uint32_t MAX_PAIRS = 4;  // of a lane: heads have up to 256 elements
+
 struct Heads {
     const uint32_t* first_position;
     float* q;              // [n_tokens, n_heads, head_dim]
@@ -103,9 +105,22 @@ struct Heads {
     uint32_t n_heads, n_kv_heads, head_dim, cached_dim, capacity;
 };
 
+// By how much a lane's pairs of elements are rotated: i of lane, lane + 32 and so on.
+template <uint32_t PAIRS>
+struct Angles {
+    float sine[PAIRS], cosine[PAIRS];
+    __device__ __forceinline__ Angles(const Heads& p, uint32_t position) {
+#pragma unroll
+        for (uint32_t n = 0; n < PAIRS; n++) {
+            const uint32_t i = threadIdx.x % 32 + 32 * n;
+            sincosf(i < p.head_dim / 2 ? position * p.inverse_frequencies[i] : 0, sine + n, cosine + n);
+        }
+    }
+};
+
 // A warp's work on a head: RMS norm, if there is one, and rotation; calls put(i, value) for each element.
-template <class Put>
-__device__ __forceinline__ void rotate(const Heads& p, const float* x, bool is_query, uint32_t position, Put put) {
+template <uint32_t PAIRS, class Put>
+__device__ __forceinline__ void rotate(const Heads& p, const float* x, bool is_query, const Angles<PAIRS>& by, Put put) {
     const uint32_t lane = threadIdx.x % 32, half = p.head_dim / 2;
     const float* norm = is_query ? p.query_norm : p.key_norm;
     float scale = 1;
@@ -114,12 +129,13 @@ __device__ __forceinline__ void rotate(const Heads& p, const float* x, bool is_q
         for (uint32_t i = lane; i < p.head_dim; i += 32) sum += x[i] * x[i];
         scale = 1 / sqrtf(warp_sum(sum) / p.head_dim + (is_query ? p.query_eps : p.key_eps));
     }
-    for (uint32_t i = lane; i < half; i += 32) {
+#pragma unroll
+    for (uint32_t n = 0; n < PAIRS; n++) {
+        const uint32_t i = lane + 32 * n;
+        if (i >= half) break;
         const float a = x[i] * (norm ? scale * norm[i] : 1), b = x[half + i] * (norm ? scale * norm[half + i] : 1);
-        float sine, cosine;
-        sincosf(position * p.inverse_frequencies[i], &sine, &cosine);
-        put(i, a * cosine - b * sine);
-        put(half + i, b * cosine + a * sine);
+        put(i, a * by.cosine[n] - b * by.sine[n]);
+        put(half + i, b * by.cosine[n] + a * by.sine[n]);
     }
 }
 
@@ -142,7 +158,7 @@ extern "C" __global__ void place_heads(const __grid_constant__ Heads p) {
     const bool is_query = head < p.n_heads;
     float* q = p.q + (size_t(blockIdx.y) * p.n_heads + head) * p.head_dim;
     const float* x = is_query ? q : p.k + (size_t(blockIdx.y) * p.n_kv_heads + kv_head) * p.head_dim;
-    rotate(p, x, is_query, position, [&](uint32_t i, float value) {
+    rotate(p, x, is_query, Angles<MAX_PAIRS>(p, position), [&](uint32_t i, float value) {
         if (is_query) q[i] = value;
         else p.keys[cached + i] = __float2bfloat16(value);
     });
@@ -293,7 +309,7 @@ struct AttendOne {
     uint32_t window;
 };
 
-constexpr uint32_t ONE_THREADS = 256, ONE_WARPS = ONE_THREADS / 32, ONE_TILE = 64;
+constexpr uint32_t ONE_THREADS = 256, ONE_WARPS = ONE_THREADS / 32, ONE_TILE = 64, ONE_HEADS = 2;
 
 // The same for one token, which place_heads has not seen: each block rotates its queries, and the one that comes to the
 // token's own position its key. blockIdx: heads, share of the positions. A thread has eight columns of every few positions; those
@@ -301,16 +317,16 @@ constexpr uint32_t ONE_THREADS = 256, ONE_WARPS = ONE_THREADS / 32, ONE_TILE = 6
 template <uint32_t DIM>
 __device__ __forceinline__ void attend_one(const AttendOne& p) {
     constexpr uint32_t OCTETS = DIM / 8, LOADS = ONE_TILE * OCTETS / ONE_THREADS;
-    __shared__ float weights[TILE_HEADS][ONE_TILE];
-    __shared__ float largest[TILE_HEADS], rescale[TILE_HEADS], total[TILE_HEADS];
+    __shared__ float weights[ONE_HEADS][ONE_TILE];
+    __shared__ float largest[ONE_HEADS], rescale[ONE_HEADS], total[ONE_HEADS];
     __shared__ __align__(16) __nv_bfloat16 own[2][DIM];  // the token's key and value
     __shared__ bool is_last;
-    extern __shared__ float room[];  // [ONE_WARPS][TILE_HEADS][DIM]: queries, and at the end each warp's sums
+    extern __shared__ float room[];  // [ONE_WARPS][ONE_HEADS][DIM]: queries, and at the end each warp's sums
     const Heads& heads = p.heads;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, head_dim = heads.head_dim;
-    const uint32_t group = heads.n_heads / heads.n_kv_heads, tiles_of_group = (group + TILE_HEADS - 1) / TILE_HEADS;
-    const uint32_t kv_head = blockIdx.x / tiles_of_group, first_of_tile = blockIdx.x % tiles_of_group * TILE_HEADS;
-    const uint32_t head = kv_head * group + first_of_tile, n = min(TILE_HEADS, group - first_of_tile);
+    const uint32_t group = heads.n_heads / heads.n_kv_heads, tiles_of_group = (group + ONE_HEADS - 1) / ONE_HEADS;
+    const uint32_t kv_head = blockIdx.x / tiles_of_group, first_of_tile = blockIdx.x % tiles_of_group * ONE_HEADS;
+    const uint32_t head = kv_head * group + first_of_tile, n = min(ONE_HEADS, group - first_of_tile);
     // The kernels since the step began have seen it begin, and earlier positions are of earlier steps.
     const uint32_t position = *(volatile const uint32_t*)heads.first_position;
     const uint32_t first = p.window && position + 1 > p.window ? position + 1 - p.window : 0;
@@ -334,18 +350,19 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
     };
     load(heads.keys, blockIdx.y, k);
     load(heads.values, blockIdx.y, v);
+    const Angles<(DIM + 63) / 64> angles(heads, position);
     wait_for_previous();
     start_next();
 
     const bool has_own = (n_tiles - 1) % n_shares == blockIdx.y;
     const float root = rsqrtf(head_dim);
-    for (uint32_t i = threadIdx.x; i < TILE_HEADS * DIM; i += ONE_THREADS)
+    for (uint32_t i = threadIdx.x; i < ONE_HEADS * DIM; i += ONE_THREADS)
         if (i / DIM >= n || i % DIM >= head_dim) room[i] = 0;
     if (threadIdx.x < 2 * DIM && threadIdx.x % DIM >= head_dim) own[threadIdx.x / DIM][threadIdx.x % DIM] = 0;
-    if (threadIdx.x < TILE_HEADS) largest[threadIdx.x] = -INFINITY, total[threadIdx.x] = 0;
+    if (threadIdx.x < ONE_HEADS) largest[threadIdx.x] = -INFINITY, total[threadIdx.x] = 0;
     for (uint32_t job = warp; job < n + (has_own ? 2 : 0); job += ONE_WARPS) {
         if (job < n) {
-            rotate(heads, heads.q + size_t(head + job) * head_dim, true, position,
+            rotate(heads, heads.q + size_t(head + job) * head_dim, true, angles,
                    [&](uint32_t i, float value) { room[job * DIM + i] = value * root; });
             continue;
         }
@@ -355,14 +372,14 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
             if (first_of_tile == 0) (which ? heads.values : heads.keys)[at + i] = own[which][i];
         };
         if (job == n) {
-            rotate(heads, heads.k + size_t(kv_head) * head_dim, false, position, [&](uint32_t i, float value) { keep(0, i, value); });
+            rotate(heads, heads.k + size_t(kv_head) * head_dim, false, angles, [&](uint32_t i, float value) { keep(0, i, value); });
         } else {
             for (uint32_t i = lane; i < head_dim; i += 32) keep(1, i, heads.v[size_t(kv_head) * head_dim + i]);
         }
     }
     __syncthreads();
 
-    float sums[TILE_HEADS][8] = {};
+    float sums[ONE_HEADS][8] = {};
     for (uint32_t tile = blockIdx.y; tile < n_tiles; tile += n_shares) {
         const uint32_t start = first + tile * ONE_TILE;
 #pragma unroll
@@ -374,7 +391,7 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
             }
             const float2 k0 = widen(k[l].x), k1 = widen(k[l].y), k2 = widen(k[l].z), k3 = widen(k[l].w);
 #pragma unroll
-            for (uint32_t h = 0; h < TILE_HEADS; h++) {
+            for (uint32_t h = 0; h < ONE_HEADS; h++) {
                 if (h >= n) break;
                 const float4 a = reinterpret_cast<const float4*>(room + h * DIM)[2 * octet];
                 const float4 b = reinterpret_cast<const float4*>(room + h * DIM)[2 * octet + 1];
@@ -401,7 +418,7 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
         }
         __syncthreads();
 #pragma unroll
-        for (uint32_t h = 0; h < TILE_HEADS; h++) {
+        for (uint32_t h = 0; h < ONE_HEADS; h++) {
             if (h >= n) break;
             const float factor = rescale[h];
 #pragma unroll
@@ -412,7 +429,7 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
             const float2 v0 = widen(v[l].x), v1 = widen(v[l].y), v2 = widen(v[l].z), v3 = widen(v[l].w);
             const float value[8] = {v0.x, v0.y, v1.x, v1.y, v2.x, v2.y, v3.x, v3.y};
 #pragma unroll
-            for (uint32_t h = 0; h < TILE_HEADS; h++) {
+            for (uint32_t h = 0; h < ONE_HEADS; h++) {
                 if (h >= n) break;
                 const float weight = weights[h][l * ROWS + row];
 #pragma unroll
@@ -425,13 +442,13 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
 
     // The threads' sums of one column: within the warp, then the warps'.
 #pragma unroll
-    for (uint32_t h = 0; h < TILE_HEADS; h++) {
+    for (uint32_t h = 0; h < ONE_HEADS; h++) {
         if (h >= n) break;
 #pragma unroll
         for (uint32_t j = 0; j < 8; j++) {
 #pragma unroll
             for (uint32_t lanes = OCTETS; lanes < 32; lanes *= 2) sums[h][j] += __shfl_xor_sync(~0u, sums[h][j], lanes);
-            if (lane < OCTETS) room[(warp * TILE_HEADS + h) * DIM + octet * 8 + j] = sums[h][j];
+            if (lane < OCTETS) room[(warp * ONE_HEADS + h) * DIM + octet * 8 + j] = sums[h][j];
         }
     }
     __syncthreads();
@@ -444,7 +461,7 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
     for (uint32_t i = threadIdx.x; i < n * DIM; i += ONE_THREADS) {
         float sum = 0;
 #pragma unroll
-        for (uint32_t w = 0; w < ONE_WARPS; w++) sum += room[w * TILE_HEADS * DIM + i];
+        for (uint32_t w = 0; w < ONE_WARPS; w++) sum += room[w * ONE_HEADS * DIM + i];
         if (n_shares == 1) put(i, sum / total[i / DIM]);
         else share_of(i / DIM, blockIdx.y)[i % DIM] = sum;
     }

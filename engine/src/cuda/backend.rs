@@ -658,12 +658,12 @@ impl Backend for CudaBackend {
             capacity: capacity as u32,
         };
         let window = heads.window.map_or(0, |window| window.min(capacity) as u32);
-        let n_blocks = head_blocks(&cache.shape) as u32;
         let out = address_mut(&mut out.data);
         if n_tokens == 1 {
             let (partial, done) = (address_mut(&mut cache.partial), address_mut(&mut cache.done));
             let params = ops::AttendOne { heads: params, out, partial, done, window };
             let shared_bytes = ops::one_bytes(cached_dim);
+            let n_blocks = head_blocks(&cache.shape, ops::ONE_HEADS) as u32;
             let grid = Grid { blocks: (n_blocks, cache.n_shares, 1), threads: ops::ONE_THREADS, shared_bytes };
             let which = ops::CACHED_DIMS.iter().position(|&dim| dim == cached_dim).unwrap_or(0);
             // SAFETY: the buffers have a row of heads; the model checked that the cache has its position; what the
@@ -695,7 +695,7 @@ impl Backend for CudaBackend {
             _ => &self.kernels.attend_any,
         };
         let grid = Grid {
-            blocks: (n_blocks, 1, n_tokens),
+            blocks: (head_blocks(&cache.shape, ops::TILE_HEADS) as u32, 1, n_tokens),
             threads: ops::ATTEND_THREADS,
             shared_bytes: (4 * ops::TILE_HEADS * cached_dim) as u32,
         };
@@ -825,7 +825,7 @@ struct CacheSizes {
 impl CacheSizes {
     fn new(device: &Device, shape: &CacheShape) -> Self {
         let &CacheShape { capacity, n_heads, n_kv_heads, .. } = shape;
-        let (cached_dim, n_blocks) = (cached_dim(shape), head_blocks(shape));
+        let (cached_dim, n_blocks) = (cached_dim(shape), head_blocks(shape, ops::ONE_HEADS));
         let n_shares = capacity.div_ceil(ops::ONE_TILE);
         let n_shares = n_shares.min(2 * device.n_multiprocessors() as usize / n_blocks).max(1);
         let partial = n_heads * n_shares * (cached_dim + 2);
@@ -838,7 +838,7 @@ fn cached_dim(shape: &CacheShape) -> usize {
     shape.head_dim.next_power_of_two().max(ops::CACHED_DIMS[0])
 }
 
-/// Blocks of attention for each token: each takes up to `TILE_HEADS` query heads of one key head.
-fn head_blocks(shape: &CacheShape) -> usize {
-    shape.n_kv_heads * (shape.n_heads / shape.n_kv_heads).div_ceil(ops::TILE_HEADS)
+/// Blocks of attention for each token: each takes up to `heads` query heads of one key head.
+fn head_blocks(shape: &CacheShape, heads: usize) -> usize {
+    shape.n_kv_heads * (shape.n_heads / shape.n_kv_heads).div_ceil(heads)
 }

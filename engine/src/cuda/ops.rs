@@ -14,12 +14,14 @@ const ONE_WARPS: usize = ONE_THREADS as usize / 32;
 pub(super) const ONE_TILE: usize = 64;
 /// Elements of a head in the cache, padded, that [`AttendOne`] is made for.
 pub(super) const CACHED_DIMS: [usize; 4] = [32, 64, 128, 256];
-/// Query heads that a block of either takes at most.
+/// Query heads that a block of [`AttendOne`] takes at most.
+pub(super) const ONE_HEADS: usize = 2;
+/// The same of [`Attend`].
 pub(super) const TILE_HEADS: usize = 8;
 
 /// Bytes of shared memory that a block of [`AttendOne`] takes.
 pub(super) fn one_bytes(cached_dim: usize) -> u32 {
-    (4 * ONE_WARPS * TILE_HEADS * cached_dim) as u32
+    (4 * ONE_WARPS * ONE_HEADS * cached_dim) as u32
 }
 
 /// Pointers to nothing stand for what is optional.
