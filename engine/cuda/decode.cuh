@@ -22,7 +22,7 @@ constexpr int BF16 = 0, FP8 = 1, INT8 = 2;  // the header's numbers
 constexpr int ANY = -1;                     // a parameter that the tensor's description holds, not the kernel's type
 constexpr u32 FULL = 0xffffffff;
 
-// A tensor in device memory. engine/src/cuda/encoded.rs has the same structure.
+// A tensor in device memory. engine/src/cuda/encoded.rs has the same structure. Small, like all parameters: a kernel waits for each line of them that it reads.
 struct Matrix {
     const uint2* table;        // [2^T], 16-byte aligned: see Codec::assemble and step
     const u8* stream;          // 16-byte aligned
@@ -32,10 +32,15 @@ struct Matrix {
     const u32* patches;
     const void* scales;
     u32 n_rows, n_cols, block_cols, n_col_blocks, n_units;
-    u32 table_bits, scale_kind, parts_per_symbol, raw_bits, part_bits;
+    u32 per_row;  // 2^32 / n_col_blocks, rounded up; 0 where that is 1
+    u32 table_bits, scale_kind;
     i32 bias;
-    u32 filler;   // the code that a patched weight stands as
-    u32 trellis;  // whether codes are those of a trellis
+    u32 filler;  // the code that a patched weight stands as
+    u8 parts_per_symbol, raw_bits, part_bits;
+    u8 trellis;  // whether codes are those of a trellis
+
+    // Whole row blocks in so many blocks: a multiplication, for divisions take long where warps begin.
+    __device__ __forceinline__ u32 rows_in(u32 blocks) const { return per_row ? __umulhi(blocks, per_row) : blocks; }
 };
 
 // Bits of `a` where the mask has them, of `b` elsewhere. As C++ it would become two operations.
@@ -342,7 +347,7 @@ __device__ __forceinline__ void copy_table(const Matrix& m, u32 table, u32 threa
 
 // Units of `n_blocks` blocks from column block j on.
 __device__ __forceinline__ u32 units_of(const Matrix& m, u32 j, u32 n_blocks) {
-    const u32 units_per_block = m.block_cols / 32, n_rows = (j + n_blocks) / m.n_col_blocks, in_last = j + n_blocks - n_rows * m.n_col_blocks;
+    const u32 units_per_block = m.block_cols / 32, n_rows = m.rows_in(j + n_blocks), in_last = j + n_blocks - n_rows * m.n_col_blocks;
     return n_rows * m.n_units + in_last * units_per_block - j * units_per_block;
 }
 

@@ -14,22 +14,27 @@ struct Task {
     void* out;          // codes u8 or u16, or bf16 [n_rows, n_cols]; gathered rows: f32 [n_tokens, n_cols]; products: [n_tokens, n_rows]
     const void* bias;   // [n_rows], added to products; may be null
     u32 first_cta, n_ctas;
-    u32 codec;          // G and K, or 0 for any: see with_codec
-    u32 adds;           // the product is added to what `out` holds
+    // Products: row blocks of each of these thread blocks, of which the first `more_rows` have one more; and blocks of each warp, of which the first
+    // `more_blocks` have one more, in thread blocks with `rows` and in the others.
+    u32 rows, more_rows;
+    u32 blocks[2], more_blocks[2];
+    u16 codec;          // G and K, or 0 for any: see with_codec
+    u16 adds;           // the product is added to what `out` holds
 };
 struct Launch {
-    u32 n_tasks, n_tokens;
     const void* x;        // one token: [n_cols]; more: from prepare_*
     const double* units;  // [token], int8: what one of a fixed-point activation is worth
-    const u32* tokens;    // gather: [n_tokens], the rows
-    const float* norm;    // one token: [n_cols], the weight of an RMS norm that x goes through; may be null
+    union {
+        const float* norm;  // one token: [n_cols], the weight of an RMS norm that x goes through; may be null
+        const u32* tokens;  // gather: [n_tokens], the rows
+    };
     float eps;
-    u32 gated;            // there are two products of as many rows, of which each thread block has both; the first one's output is silu(first) * second
     u32 table_bytes;      // of the largest table
     u32 n_slots;          // of sums, of a task and thread block
-    u32 single;           // every thread block has one row block, and no warp of it more than one block
-    u32 early;            // and the codes of those are decoded before the activations are known
-    u32 bf16;             // the activations of one token, biases and products are bf16, not f32
+    u8 n_tasks, n_tokens;
+    u8 gated;             // there are two products of as many rows, of which each thread block has both; the first one's output is silu(first) * second
+    u8 early;             // no warp has more than one block, whose codes are decoded before the activations are known
+    u8 bf16;              // the activations of one token, biases and products are bf16, not f32
     Task tasks[MAX_TASKS];
 };
 
@@ -747,65 +752,64 @@ struct MmaSink {
 
 // A warp's way through consecutive blocks of a plain matrix: bf16, with rows up to a multiple of eight and columns up to one, at `Matrix::stream`. A block is
 // eight rows of four groups of GROUP columns; a unit has 32 columns of each group. They lie in shared memory as the rows of a tile, the groups of a row side
-// by side, and STAGES of them are there or on their way. Columns that the matrix does not have are zeros.
+// by side, and STAGES of them are there or on their way, a group of copies each. Columns that the matrix does not have are zeros.
 struct PlainReader {
     static constexpr u32 STAGES = 4, UNIT_BYTES = 2048, BYTES = STAGES * UNIT_BYTES;
     // What is asked for next: of four rows of the tile, two of the matrix apart, the lane's 16 bytes.
     const u8* from;
-    u32 octet, octets, two_rows;    // the place of these in their row, what a row has, and the bytes of two
-    u32 i, j, unit, units, blocks;  // `unit` of `units` of the first of so many blocks
-    u32 base, to;
+    u32 octet, octets;              // the place of these in their row, and what a row has
+    u32 i, j, units, blocks;        // so many units of the first of so many blocks
+    u32 base, first, waiting;       // the unit that is multiplied next, and how many are there or on their way
 
     static __device__ __forceinline__ u32 units_in(const Matrix& m, u32 j) { return min(GROUP / 32, m.n_units - j * (GROUP / 8)); }
     __device__ __forceinline__ void seek(const Matrix& m) {
         const u32 lane = threadIdx.x % 32;
         octet = (j * 4 + lane / 4 % 4) * (GROUP / 8) + lane % 4;
         from = m.stream + ((u64)(i * 8 + lane / 16) * octets + octet) * 16;
-        unit = 0, units = units_in(m, j);
+        units = units_in(m, j);
     }
-    __device__ __forceinline__ void fetch(const Matrix& m, u32 stage) {
-        if (blocks) {
+    // Asks for the first units of `n_blocks` blocks from column block j_ of row block i_ on.
+    __device__ __forceinline__ void open(const Matrix& m, u32 i_, u32 j_, u32 n_blocks, u32 window) {
+        octets = (m.n_cols + 7) / 8;
+        i = i_, j = j_, blocks = n_blocks, base = window, first = waiting = 0;
+        seek(m);
+        fill(m);
+    }
+    // Asks for as many units as there is room for.
+    __device__ __forceinline__ void fill(const Matrix& m) {
+        while (waiting < STAGES && blocks) {
+            const u32 lane = threadIdx.x % 32;
+            const u32 to = base + (first + waiting) % STAGES * UNIT_BYTES + Tile<64>::offset(lane / 4, lane % 4 * 16);
 #pragma unroll
             for (u32 c = 0; c < 4; c++) {
                 asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                             ::"r"(to + stage * UNIT_BYTES + c * 512), "l"(from + c * two_rows), "r"(octet < octets ? 16 : 0) : "memory");
+                             ::"r"(to + c * 512), "l"(from + c * (octets * 32)), "r"(octet < octets ? 16 : 0) : "memory");
             }
-            octet += 4, from += 64;
-            if (++unit == units) {
+            commit_copies();
+            waiting++, octet += 4, from += 64;
+            if (--units == 0) {
                 if (++j == m.n_col_blocks) j = 0, i++;
                 if (--blocks) seek(m);
             }
         }
-        commit_copies();
-    }
-    // Asks for the first units of `n_blocks` blocks from column block j_ of row block i_ on.
-    __device__ __forceinline__ void open(const Matrix& m, u32 i_, u32 j_, u32 n_blocks, u32 window) {
-        const u32 lane = threadIdx.x % 32;
-        base = window, to = window + Tile<64>::offset(lane / 4, lane % 4 * 16);
-        octets = (m.n_cols + 7) / 8, two_rows = octets * 32;
-        i = i_, j = j_, blocks = n_blocks;
-        seek(m);
-#pragma unroll
-        for (u32 stage = 0; stage < STAGES; stage++) fetch(m, stage);
     }
     // Hands the blocks to the sink: see decode_blocks.
     template <class Sink>
     __device__ __forceinline__ void read(const Matrix& m, u32 i, u32 j, u32 n_blocks, Sink& sink) {
-        u32 stage = 0, before = STAGES;
 #pragma unroll 1
         for (;;) {
             const u32 units = units_in(m, j);
             sink.begin_block(i, j);
 #pragma unroll 1
             for (u32 u = 0; u < units; u++) {
-                // There is a group of copies for each unit, and an empty one between the first STAGES and the others.
-                wait_copies<STAGES - 2>();
+                if (waiting == STAGES) wait_copies<STAGES - 1>();
+                else if (waiting == STAGES - 1) wait_copies<STAGES - 2>();
+                else wait_copies<0>();
                 __syncwarp();
-                // To where the unit before lay, which all lanes are through with; while this one is multiplied.
-                if (before < STAGES) fetch(m, before);
-                else commit_copies();
-                sink.rows(u, Tile<64>{base + stage * UNIT_BYTES});
-                before = stage, stage = stage + 1 < STAGES ? stage + 1 : 0;
+                sink.rows(u, Tile<64>{base + first * UNIT_BYTES});
+                __syncwarp();
+                first = (first + 1) % STAGES, waiting--;
+                fill(m);
             }
             sink.end_block();
             const bool ends = ++j == m.n_col_blocks;
@@ -814,7 +818,6 @@ struct PlainReader {
             if (ends) sink.end_row();
         }
         sink.end_row();
-        wait_copies<0>();
     }
 };
 
@@ -866,53 +869,50 @@ __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
     with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, i, j, end - first, units_of(m, j, end - first), sink); });
 }
 
-// The blocks of a task that a thread block has, all of some row blocks, shared out to its warps. A row block is ROWS rows.
-template <u32 ROWS>
+// The blocks of a task that a thread block has, all of some row blocks, shared out to its warps.
 struct Part {
     u32 first_row, n_rows;  // row blocks
-    u32 n_blocks, n_warps;  // of those that get any
+    u32 each, more;         // blocks of a warp, of which the first have one more
 
-    __device__ __forceinline__ Part() {}
-    __device__ __forceinline__ Part(const Task& task, u32 all_warps) {
-        const u32 n = (task.matrix.n_rows + ROWS - 1) / ROWS, cta = blockIdx.x - task.first_cta;
-        first_row = n * cta / task.n_ctas, n_rows = n * (cta + 1) / task.n_ctas - first_row;
-        n_blocks = n_rows * task.matrix.n_col_blocks, n_warps = min(all_warps, n_blocks);
+    __device__ __forceinline__ Part(const Task& task) {
+        const u32 c = blockIdx.x - task.first_cta, wide = c < task.more_rows;
+        first_row = task.rows * c + min(c, task.more_rows), n_rows = task.rows + wide;
+        each = task.blocks[wide], more = task.more_blocks[wide];
     }
-    // The first block of a place, or of the one behind the last.
-    __device__ __forceinline__ u32 begin(u32 place) const { return n_blocks * min(place, n_warps) / n_warps; }
-    __device__ __forceinline__ u32 place_of(u32 block) const { return ((block + 1) * n_warps - 1) / n_blocks; }
+    // The first block of a warp.
+    __device__ __forceinline__ u32 begin(u32 warp) const { return each * warp + min(warp, more); }
+    __device__ __forceinline__ u32 warp_of(u32 block) const {
+        const u32 wide = more * (each + 1);
+        return block < wide ? block / (each + 1) : more + (block - wide) / each;
+    }
 };
 
-// The blocks of a warp: so many from column block j of row block i on, and the units of their columns.
-struct __align__(16) Share {
-    u32 i, j, n_blocks, n_units;
+// The blocks of a warp: so many from column block j of row block i on, and the slot for the sums of the first of its row blocks. Warp w leaves those of the
+// thread block's row block r in slot w + r: a warp's follow one another, and no two meet.
+struct Share {
+    u32 i, j, n_blocks, slot;
+
+    __device__ __forceinline__ Share(const Task& task, u32 warp) {
+        const Part part(task);
+        const u32 first = part.begin(warp), r = task.matrix.rows_in(first);
+        i = part.first_row + r, j = first - r * task.matrix.n_col_blocks, slot = warp + r;
+        n_blocks = part.each + (warp < part.more);
+    }
 };
 
-// How a task's blocks in a thread block are shared out, worked out by one warp: the divisions of 32 would take a microsecond. The place p that has blocks of
-// the part's row block r leaves its sums of them in slot p + r: a place's follow one another, and no two meet.
+// Of a task's row blocks in a thread block, the warps that have blocks of each.
 struct Cut {
-    u32 first_row, n_rows;    // row blocks
-    Share shares[32];         // by warp
-    u16 places[MAX_ROWS][2];  // the first and the last that a row block has
+    u32 first_row, n_rows;
+    u16 warps[MAX_ROWS][2];  // the first and the last
 
-    template <u32 ROWS>
-    __device__ __forceinline__ void work_out(const Task& task, u32 n_warps, u32 lane) {
-        const Matrix& m = task.matrix;
-        const Part<ROWS> part(task, n_warps);
+    // By one warp.
+    __device__ __forceinline__ void work_out(const Task& task, u32 lane) {
+        const u32 n_col_blocks = task.matrix.n_col_blocks;
+        const Part part(task);
         if (lane == 0) first_row = part.first_row, n_rows = part.n_rows;
-        if (lane < n_warps) {
-            const u32 place = place_of_warp(lane, n_warps), first = part.begin(place), n_blocks = part.begin(place + 1) - first;
-            const u32 r = first / m.n_col_blocks, j = first - r * m.n_col_blocks;
-            shares[lane] = {part.first_row + r, j, n_blocks, units_of(m, j, n_blocks)};
-        }
         for (u32 r = lane; r < part.n_rows; r += 32) {
-            places[r][0] = part.place_of(r * m.n_col_blocks), places[r][1] = part.place_of((r + 1) * m.n_col_blocks - 1);
+            warps[r][0] = part.warp_of(r * n_col_blocks), warps[r][1] = part.warp_of((r + 1) * n_col_blocks - 1);
         }
-    }
-    // The same for one row block, of which each warp has a block at most.
-    __device__ __forceinline__ void work_out_single(const Task& task) {
-        first_row = blockIdx.x - task.first_cta, n_rows = 1;
-        places[0][0] = 0, places[0][1] = task.matrix.n_col_blocks - 1;
     }
 };
 
@@ -920,11 +920,11 @@ struct Cut {
 // are worth, and the bias.
 template <int FORMAT, u32 ROWS>
 __device__ __forceinline__ float add_up(const Launch& launch, const Task& task, const Cut& cut, u32 slots, u32 r, u32 token, u32 row, float scale, double unit) {
-    const u32 lane = threadIdx.x % 32 % ROWS, last = cut.places[r][1];
+    const u32 lane = threadIdx.x % 32 % ROWS, last = cut.warps[r][1];
     typename std::conditional<FORMAT == INT8, i64, double>::type sum = 0;
-    for (u32 p = cut.places[r][0]; p <= last; p++) {
+    for (u32 w = cut.warps[r][0]; w <= last; w++) {
         u64 bits;
-        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(slots + (((p + r) * launch.n_tokens + token) * ROWS + lane) * 8) : "memory");
+        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(slots + (((w + r) * launch.n_tokens + token) * ROWS + lane) * 8) : "memory");
         if constexpr (FORMAT == INT8) sum += (i64)bits;
         else sum += __longlong_as_double((i64)bits);
     }
@@ -949,32 +949,12 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     const u32 slot_bytes = launch.n_tokens * ROWS * 8, slots_bytes = launch.n_slots * slot_bytes;
     // What depends on no other kernel: the table, and the first blocks' bytes.
     __shared__ Cut cuts[2];
-    Share share;
-    u32 slot;
-    if constexpr (PLAIN) {
-        // By every warp for itself, so that all ask for their weights at once.
-        const Part<ROWS> part(task, team_warps);
-        slot = place_of_warp(team_warp, team_warps);
-        const u32 first = part.begin(slot), r = first / m.n_col_blocks;
-        share = {part.first_row + r, first - r * m.n_col_blocks, part.begin(slot + 1) - first, 0};
-        slot += r;
-    } else if (launch.single) {
-        if (team_warp == 0 && lane == 0) cuts[team].work_out_single(task);
-        share = {blockIdx.x - task.first_cta, team_warp, team_warp < m.n_col_blocks, 0};
-        if (share.n_blocks) share.n_units = min(m.block_cols / 32, m.n_units - team_warp * (m.block_cols / 32));
-        slot = team_warp;
-    } else {
-        if (team_warp == 0) cuts[team].work_out<ROWS>(task, team_warps, lane);
-        __syncthreads();
-        share = cuts[team].shares[team_warp];
-        slot = place_of_warp(team_warp, team_warps) + share.i - cuts[team].first_row;
-    }
-    const u32 i = share.i, j = share.j, n_blocks = share.n_blocks, n_units = share.n_units, block = i * m.n_col_blocks + j;
+    const Share share(task, team_warp);
+    const u32 i = share.i, j = share.j, n_blocks = share.n_blocks, block = i * m.n_col_blocks + j;
     typename std::conditional<PLAIN, PlainReader, Reader>::type reader;
     Stream stream;
     if constexpr (PLAIN) {
         if (n_blocks) reader.open(m, i, j, n_blocks, ring);
-        if (team_warp == 0) cuts[team].template work_out<ROWS>(task, team_warps, lane);
     } else {
         stream = Stream(m, block, block + n_blocks);
         copy_table(m, table, threadIdx.x - team * team_warps * 32, team_warps * 32);
@@ -983,7 +963,8 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
             if (lane == 0) prefetch_scales(m, i);  // needed at the end
         }
     }
-    Sink sink(launch, task, ring + RING_BYTES, shared + slots_at + team * slots_bytes + slot * slot_bytes, lane);
+    if (team_warp == 0) cuts[team].work_out(task, lane);
+    Sink sink(launch, task, ring + RING_BYTES, shared + slots_at + team * slots_bytes + share.slot * slot_bytes, lane);
     sink.look_ahead(launch, block);
     // While the kernel before this one is at work.
     const bool early = Sink::EARLY && launch.early;
@@ -992,7 +973,7 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
             if (n_blocks) reader.open(m, stream, ring, lane);
             wait_for_table(n_blocks);
             __syncthreads();
-            if (n_blocks) decode_parts(m, reader, table, lane, n_units, ring + RING_BYTES);
+            if (n_blocks) decode_parts(m, reader, table, lane, units_of(m, j, n_blocks), ring + RING_BYTES);
         }
     }
     wait_for_previous();
@@ -1018,7 +999,7 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
                 sink.end_block();
                 sink.end_row();
             } else {
-                decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, i, j, n_blocks, n_units, sink);
+                decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, i, j, n_blocks, units_of(m, j, n_blocks), sink);
             }
         });
     }
@@ -1116,7 +1097,7 @@ KERNELS(FP8, fp8_any, with_any<FP8>)
 KERNELS(BF16, bf16, with_codec<BF16>)
 KERNELS(BF16, bf16_any, with_any<BF16>)
 
-// One token's products of matrices that are not encoded.
+// One token's products of matrices that are not encoded. It just has the registers that it needs: one spilled to memory costs a tenth of a model's speed.
 extern "C" __global__ void __launch_bounds__(512, 2) product_plain(const __grid_constant__ Launch l) {
     multiply<BF16, DotSink<BF16, 4>, true>(l, nullptr);
 }

@@ -40,7 +40,7 @@ const PLAIN_BYTES: u32 = 4 * 2048;
 /// Rows and columns of plain matrices are padded to a multiple of this.
 pub(super) const PLAIN_ALIGN: usize = 8;
 /// What the kernels declare of shared memory themselves.
-const DECLARED_BYTES: u32 = 3072;
+const DECLARED_BYTES: u32 = 2048;
 /// Row blocks of a thread block that multiplies, at most (the larger number: `MAX_ROWS` in encoded.cu), for one token and for more: for each it has slots.
 const THREAD_BLOCK_ROWS: [u32; 2] = [128, 8];
 /// Row blocks that the kernels count.
@@ -74,14 +74,15 @@ struct Description {
     block_cols: u32,
     n_col_blocks: u32,
     n_units: u32,
+    per_row: u32,
     table_bits: u32,
     scale_kind: u32,
-    parts_per_symbol: u32,
-    raw_bits: u32,
-    part_bits: u32,
     bias: i32,
     filler: u32,
-    trellis: u32,
+    parts_per_symbol: u8,
+    raw_bits: u8,
+    part_bits: u8,
+    trellis: u8,
 }
 
 /// `Task` in encoded.cu.
@@ -93,27 +94,29 @@ struct Task {
     bias: u64,
     first_cta: u32,
     n_ctas: u32,
-    codec: u32,
-    adds: u32,
+    rows: u32,
+    more_rows: u32,
+    blocks: [u32; 2],
+    more_blocks: [u32; 2],
+    codec: u16,
+    adds: u16,
 }
 
 /// `Launch` in encoded.cu.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 struct Launch {
-    n_tasks: u32,
-    n_tokens: u32,
     x: u64,
     units: u64,
-    tokens: u64,
-    norm: u64,
+    norm_or_tokens: u64,
     eps: f32,
-    gated: u32,
     table_bytes: u32,
     n_slots: u32,
-    single: u32,
-    early: u32,
-    bf16: u32,
+    n_tasks: u8,
+    n_tokens: u8,
+    gated: u8,
+    early: u8,
+    bf16: u8,
     tasks: [Task; MAX_TASKS],
 }
 
@@ -145,9 +148,7 @@ struct Cut {
     /// By task.
     n_ctas: [u32; MAX_TASKS],
     n_slots: u32,
-    /// Whether every thread block has one row block, and no warp of it more than one block.
-    single: bool,
-    /// Whether the codes of those are decoded before the activations are known.
+    /// Whether no warp has more than one block, whose codes are decoded before the activations are known.
     early: bool,
     table_bytes: u32,
     shared_bytes: u32,
@@ -188,7 +189,7 @@ pub(super) struct DeviceMatrix {
     bytes: u64,
     kernels: Arc<Instance>,
     /// What the kernels know its codec by, or 0.
-    codec: u32,
+    codec: u16,
     /// What the description points to; none where that is another's.
     _storage: Option<(CudaSlice<u8>, CudaSlice<u8>)>,
 }
@@ -426,13 +427,14 @@ impl DeviceMatrix {
             block_cols: params.block_cols,
             n_col_blocks: geometry.n_col_blocks() as u32,
             n_units: geometry.n_units() as u32,
+            per_row: per_row(geometry.n_col_blocks()),
             table_bits: params.table_bits,
             scale_kind: tensor.scale_kind() as u32,
-            parts_per_symbol: params.parts_per_symbol,
-            raw_bits: params.raw_bits,
-            part_bits: params.part_bits,
             bias: params.bias,
             filler: params.filler(tensor.format()).into(),
+            parts_per_symbol: params.parts_per_symbol as u8,
+            raw_bits: params.raw_bits as u8,
+            part_bits: params.part_bits as u8,
             trellis: params.trellis.into(),
         };
         let (g, k) = (params.parts_per_symbol, params.raw_bits);
@@ -442,7 +444,7 @@ impl DeviceMatrix {
             true => kernels.trellis.clone(),
             false => kernels.instances[2 * format_index(format) + usize::from(!fast)].clone(),
         };
-        let codec = if fast { g << 4 | k } else { 0 };
+        let codec = if fast { (g << 4 | k) as u16 } else { 0 };
         let bytes = (tensor.n_bytes() + (8 << params.table_bits)) as u64;
         Ok(Self { format, description, bytes, kernels, codec, _storage: None })
     }
@@ -454,12 +456,14 @@ impl DeviceMatrix {
     /// More rows or columns than the kernels count.
     pub fn plain(kernels: &EncodedKernels, data: u64, n_rows: usize, n_cols: usize) -> Result<Self> {
         check_shape("matrix", n_rows, n_cols)?;
+        let n_col_blocks = n_cols.div_ceil(PLAIN_BLOCK.1 as usize);
         let description = Description {
             stream: data,
             n_rows: n_rows as u32,
             n_cols: n_cols as u32,
             block_cols: PLAIN_BLOCK.1,
-            n_col_blocks: (n_cols as u32).div_ceil(PLAIN_BLOCK.1),
+            n_col_blocks: n_col_blocks as u32,
+            per_row: per_row(n_col_blocks),
             n_units: n_cols.div_ceil(32) as u32,
             ..Default::default()
         };
@@ -500,6 +504,10 @@ impl DeviceMatrix {
         if self.is_plain() { PLAIN_BLOCK.0 } else { BLOCK_ROWS as u32 }
     }
 
+    fn n_row_blocks(&self) -> u32 {
+        self.description.n_rows.div_ceil(self.block_rows())
+    }
+
     fn table_bytes(&self) -> u32 {
         if self.is_plain() { 0 } else { 8 << self.description.table_bits }
     }
@@ -517,7 +525,7 @@ impl EncodedKernels {
     /// # Safety
     /// The outputs have the room that the kernel takes.
     unsafe fn launch_decode(&self, device: &Device, kernel: &CudaFunction, mut launch: Launch) -> Result<()> {
-        let tasks = &mut launch.tasks[..launch.n_tasks as usize];
+        let tasks = &mut launch.tasks[..launch.n_tasks.into()];
         let n_blocks = |t: &Task| t.matrix.n_rows.div_ceil(BLOCK_ROWS as u32) as usize * t.matrix.n_col_blocks as usize;
         let total: usize = tasks.iter().map(n_blocks).sum();
         let mut first_cta = 0;
@@ -581,7 +589,7 @@ impl EncodedKernels {
             check_len("decoded values", *len, m.n_rows() * m.n_cols())?;
         }
         for jobs in groups(jobs, |job| job.0) {
-            let mut launch = Launch { n_tasks: jobs.len() as u32, ..Default::default() };
+            let mut launch = Launch { n_tasks: jobs.len() as u8, ..Default::default() };
             for (task, (m, _, out)) in launch.tasks.iter_mut().zip(&jobs) {
                 *task = Task { matrix: m.description, out: *out, codec: m.codec, ..Default::default() };
             }
@@ -619,7 +627,7 @@ impl EncodedKernels {
         out: u64,
     ) -> Result<()> {
         let (n_tokens, table_bytes) = (n_tokens as u32, matrix.table_bytes());
-        let mut launch = Launch { n_tasks: 1, n_tokens, tokens, table_bytes, ..Default::default() };
+        let mut launch = Launch { n_tasks: 1, norm_or_tokens: tokens, table_bytes, ..Default::default() };
         launch.tasks[0] = Task { matrix: matrix.description, out, codec: matrix.codec, ..Default::default() };
         let blocks = (matrix.description.n_col_blocks, n_tokens, 1);
         let grid = Grid { blocks, threads: 32, shared_bytes: table_bytes + RING_BYTES };
@@ -738,15 +746,21 @@ impl EncodedKernels {
             unsafe { device.launch(prepare, grid, &params)? };
             data = out;
         }
-        let n_tasks = jobs.len() as u32;
+        let n_tasks = jobs.len() as u8;
         let mut launch =
-            Launch { n_tasks, n_tokens, x: data, units, norm, eps, gated: gated.into(), bf16, ..Default::default() };
+            Launch { n_tasks, x: data, units, norm_or_tokens: norm, eps, gated: gated.into(), ..Default::default() };
+        (launch.n_tokens, launch.bf16) = (n_tokens as u8, input.bf16.into());
         (launch.n_slots, launch.table_bytes) = (cut.n_slots, cut.table_bytes);
-        (launch.single, launch.early) = (cut.single.into(), cut.early.into());
+        launch.early = cut.early.into();
+        let team_warps = if gated { cut.n_warps / 2 } else { cut.n_warps };
         let mut first_cta = 0;
         for (i, (task, &(m, bias, out, adds))) in launch.tasks.iter_mut().zip(jobs).enumerate() {
             let (n_ctas, matrix, codec) = (cut.n_ctas[i], m.description, m.codec);
-            *task = Task { matrix, out, bias, first_cta, n_ctas, codec, adds: adds.into() };
+            let (rows, more_rows) = (m.n_row_blocks() / n_ctas, m.n_row_blocks() % n_ctas);
+            let all = [rows, rows + 1].map(|rows| rows * m.description.n_col_blocks);
+            let (blocks, more_blocks) = (all.map(|n| n / team_warps), all.map(|n| n % team_warps));
+            let adds = adds.into();
+            *task = Task { matrix, out, bias, first_cta, n_ctas, rows, more_rows, blocks, more_blocks, codec, adds };
             // The two of a gated product share theirs.
             first_cta += if gated { 0 } else { n_ctas };
         }
@@ -759,9 +773,7 @@ impl EncodedKernels {
     /// How a launch of products is cut: which thread blocks, with whole row blocks each, of how many warps.
     fn cut(&self, jobs: &[Job<'_>], n_tokens: u32, gated: bool) -> Result<Cut> {
         let matrices = || jobs.iter().map(|job| job.0);
-        let block_rows = jobs[0].0.block_rows();
-        let n_row_blocks = |m: &DeviceMatrix| m.description.n_rows.div_ceil(block_rows);
-        let n_blocks = |m: &DeviceMatrix| u64::from(n_row_blocks(m)) * u64::from(m.description.n_col_blocks);
+        let n_blocks = |m: &DeviceMatrix| u64::from(m.n_row_blocks()) * u64::from(m.description.n_col_blocks);
         let needs = product_needs(n_tokens as usize, jobs[0].0);
         let (n_teams, n) = (if gated { 2 } else { 1 }, self.n_multiprocessors);
         let total: u64 = matrices().map(n_blocks).sum();
@@ -779,15 +791,15 @@ impl EncodedKernels {
         let rows = THREAD_BLOCK_ROWS[usize::from(n_tokens > 1)];
         let mut cut = Cut::default();
         for (n_ctas, m) in cut.n_ctas.iter_mut().zip(matrices()) {
-            let n_rows = n_row_blocks(m);
+            let n_rows = m.n_row_blocks();
             let share = if gated { n } else { (u64::from(n) * n_blocks(m) / total) as u32 };
             *n_ctas = if small { n_rows } else { share.clamp(n_rows.div_ceil(rows), n_rows) };
         }
-        let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| n_row_blocks(m).div_ceil(n));
+        let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| m.n_row_blocks().div_ceil(n));
         let deepest = deepest.max().unwrap_or(1);
         cut.table_bytes = matrices().map(DeviceMatrix::table_bytes).max().unwrap_or(0);
         // A team of warps has a slot for each of them and each row block: the sums of its rows and the tokens, of 64 bits.
-        let slot_bytes = 8 * block_rows * n_tokens;
+        let slot_bytes = 8 * jobs[0].0.block_rows() * n_tokens;
         let fixed = n_teams * (cut.table_bytes + deepest * slot_bytes);
         let (n_warps, shared_bytes) = self.fit(fixed, needs, wanted, slot_bytes)?;
         cut.n_warps = n_warps / n_teams * n_teams;
@@ -796,10 +808,15 @@ impl EncodedKernels {
         }
         cut.n_slots = cut.n_warps / n_teams + deepest;
         cut.shared_bytes = shared_bytes;
-        cut.single = small && widest * n_teams <= cut.n_warps;
-        cut.early = cut.single && n_tokens == 1 && matrices().all(DeviceMatrix::decodes_early);
+        let single = small && widest * n_teams <= cut.n_warps;
+        cut.early = single && n_tokens == 1 && matrices().all(DeviceMatrix::decodes_early);
         Ok(cut)
     }
+}
+
+/// `Matrix::per_row` in decode.cuh: with one block a row block 2^32, which has no room, stands as 0.
+fn per_row(n_col_blocks: usize) -> u32 {
+    (1u64 << 32).div_ceil(n_col_blocks.max(1) as u64) as u32
 }
 
 /// Elements of a plain matrix.
