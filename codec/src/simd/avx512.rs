@@ -141,7 +141,7 @@ impl Lanes {
 /// # Safety
 /// The features of this module are there; the blocks are validated, with the same `n_cols`; `entries` is their table.
 #[inline(always)]
-unsafe fn run<const N: usize, const G: usize, S: Sink>(
+unsafe fn run<const N: usize, const G: usize, const TRELLIS: bool, S: Sink>(
     plan: &Plan,
     entries: &[u32],
     blocks: [&Block<'_>; N],
@@ -208,7 +208,7 @@ unsafe fn run<const N: usize, const G: usize, S: Sink>(
                                     high = _mm512_xor_si512(high, map_bits(word, plan.high[quad][f]));
                                 }
                             }
-                            if plan.params.trellis {
+                            if TRELLIS {
                                 let [now, next] = *grids;
                                 let ones = _mm512_set1_epi8(1);
                                 *grids = [_mm512_ternarylogic_epi32::<0x78>(next, low, ones), now]; // next ^ (low & ones)
@@ -255,7 +255,7 @@ unsafe fn parts<const G: usize>(
     }
 }
 
-/// [`run`] with G as the plan has it.
+/// [`run`] with G and the kind of codes as the plan has them.
 #[inline(always)]
 unsafe fn run_any<const N: usize, S: Sink>(
     plan: &Plan,
@@ -265,11 +265,15 @@ unsafe fn run_any<const N: usize, S: Sink>(
 ) -> bool {
     // SAFETY: the caller's promises are the same.
     unsafe {
-        match plan.params.parts_per_symbol {
-            1 => run::<N, 1, S>(plan, entries, blocks, sink),
-            2 => run::<N, 2, S>(plan, entries, blocks, sink),
-            4 => run::<N, 4, S>(plan, entries, blocks, sink),
-            _ => run::<N, 8, S>(plan, entries, blocks, sink),
+        match (plan.params.parts_per_symbol, plan.params.trellis) {
+            (1, false) => run::<N, 1, false, S>(plan, entries, blocks, sink),
+            (2, false) => run::<N, 2, false, S>(plan, entries, blocks, sink),
+            (4, false) => run::<N, 4, false, S>(plan, entries, blocks, sink),
+            (_, false) => run::<N, 8, false, S>(plan, entries, blocks, sink),
+            (1, true) => run::<N, 1, true, S>(plan, entries, blocks, sink),
+            (2, true) => run::<N, 2, true, S>(plan, entries, blocks, sink),
+            (4, true) => run::<N, 4, true, S>(plan, entries, blocks, sink),
+            (_, true) => run::<N, 8, true, S>(plan, entries, blocks, sink),
         }
     }
 }
