@@ -95,6 +95,9 @@ __device__ __forceinline__ u32 again(u32 v) {
     return v;
 }
 
+// The same value, of which the compiler knows that all lanes have it, and keeps it in a uniform register.
+__device__ __forceinline__ u32 uniform(u32 v) { return __shfl_sync(FULL, v, 0); }
+
 // Four columns of a lane's row. 8-bit formats: `a` has the four codes. bf16: `a` has codes 0 and 1, `b` 2 and 3.
 struct Quad {
     u32 a, b;
@@ -385,8 +388,10 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
                 if (lane < C::K && u + PREFETCH < rest) {
                     asm volatile("prefetch.global.L2 [%0];" ::"l"(raw_next + (PREFETCH - 1) * 32 * C::K + 31 * lane));
                 }
-                // Always, if only the same again, so that nothing chooses between what is loaded and what is not, and waits for it.
-                load_raw(u + 1 < rest ? raw_next : raw_next - 32 * C::K);
+                // Always, if only the same again, so that nothing chooses between what is loaded and what is not, and waits for it. Where two units are
+                // unrolled, after the first use of what was loaded before: one scoreboard may count all loads, and that use would wait for these, too.
+                auto load_next = [&]() INLINE { load_raw(u + 1 < rest ? raw_next : raw_next - 32 * C::K); };
+                if (C::G != 8) load_next();
                 if (STEPS >= 8 || u % 2 == 0) reader.refresh(lane);
                 u32 y[STEPS];
 #pragma unroll
@@ -399,6 +404,7 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
                     } else if ((s + 1) * C::G % 4 == 0) {
                         sink.quad(u, s * C::G / 4, values(C::assemble(y, raw, s * C::G / 4)), whole);
                     }
+                    if (C::G == 8 && s == 0) load_next();
                 }
                 sink.end_unit(u);
             };

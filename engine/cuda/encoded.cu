@@ -14,8 +14,8 @@ struct Task {
     void* out;          // codes u8 or u16, or bf16 [n_rows, n_cols]; gathered rows: f32 [n_tokens, n_cols]; products: [n_tokens, n_rows]
     const void* bias;   // [n_rows], added to products; may be null
     u32 first_cta, n_ctas;
-    // Products: row blocks of each of these thread blocks, of which the first `more_rows` have one more; and blocks of each warp, of which the first
-    // `more_blocks` have one more, in thread blocks with `rows` and in the others.
+    // Products: row blocks of each of these thread blocks, of which the first `more_rows` have one more; and blocks of each warp that decodes, of which the
+    // first `more_blocks` have one more, in thread blocks with `rows` and in the others.
     u32 rows, more_rows;
     u32 blocks[2], more_blocks[2];
     u16 codec;          // G and K, or 0 for any: see with_codec
@@ -30,11 +30,12 @@ struct Launch {
     };
     float eps;
     u32 table_bytes;      // of the largest table
-    u32 n_slots;          // of sums, of a task and thread block
+    u32 n_slots;          // one token: of sums, of a task and thread block
     u8 n_tasks, n_tokens;
     u8 gated;             // there are two products of as many rows, of which each thread block has both; the first one's output is silu(first) * second
     u8 early;             // no warp has more than one block, whose codes are decoded before the activations are known
     u8 bf16;              // the activations of one token, biases and products are bf16, not f32
+    u8 n_decoders;        // more than one token: the warps that decode
     Task tasks[MAX_TASKS];
 };
 
@@ -119,12 +120,6 @@ struct Tile {
                      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(base + offset(row, byte)) : "memory");
         return v;
     }
-    // One 16 × 32-byte operand of mma from row `row` and byte `byte` on.
-    __device__ __forceinline__ void load_matrix(u32 (&v)[4], u32 lane, u32 row, u32 byte) const {
-        const u32 at = base + offset(row + (lane & 15), byte + (lane & 16));
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
-    }
     template <int ELEMENT>
     __device__ __forceinline__ void put(u32 row, u32 byte, u32 value) const {
         const u32 at = base + offset(row, byte);
@@ -133,50 +128,22 @@ struct Tile {
     }
 };
 
-// The patches of consecutive blocks, in the order of columns. Each lane holds one of 32 that lie at a multiple of 32 in the list. With AHEAD it holds one of
-// the next 32, too, and knows where those of one of the next 32 blocks begin, so that nothing waits for memory where a block begins: where there are
-// registers for that.
-template <bool AHEAD>
+// The patches of consecutive blocks, in the order of columns. Each lane holds one of 32 that lie at a multiple of 32 in the list.
 struct Patches {
     const u32* list;
     u32 next, end, held;
-    u32 base, bounds, ahead;  // AHEAD: those of block `base + lane` begin at `bounds`
 
-    // AHEAD: asks for what can be known before `begin` of `block`, the first.
-    __device__ __forceinline__ void open(const Matrix& m, u32 block, u32 lane) {
-        list = m.patches, base = block, next = end = 0;
-        if (!m.patch_offsets) return;
-        const u32 n_blocks = (m.n_rows + 31) / 32 * m.n_col_blocks;
-        asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(bounds) : "l"(m.patch_offsets + min(block + lane, n_blocks)));
-    }
     // The patches from `first` on, a multiple of 32.
     __device__ __forceinline__ u32 load(u32 first, u32 lane) const {
-        const u32 limit = AHEAD ? __shfl_sync(FULL, bounds, 31) : end;
         u32 patch = 0;
-        if (first < limit) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(patch) : "l"(list + min(first + lane, limit - 1)));
+        if (first < end) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(patch) : "l"(list + min(first + lane, end - 1)));
         return patch;
     }
-    // AHEAD: `block` is the one that was opened, or follows the last.
     __device__ __forceinline__ void begin(const Matrix& m, u32 block, u32 lane) {
-        if constexpr (AHEAD) {
-            if (!m.patch_offsets) return;
-            const u32 before = next;
-            const bool full = block - base > 30;
-            if (full) open(m, block, lane);
-            next = __shfl_sync(FULL, bounds, block - base), end = __shfl_sync(FULL, bounds, block - base + 1);
-            // In all but the first block's case it is there already.
-            if (full || block == base || (before ^ next) >> 5) held = load(next & ~31u, lane), ahead = load((next & ~31u) + 32, lane);
-        } else {
-            list = m.patches;
-            next = end = 0;
-            if (m.patch_offsets) next = m.patch_offsets[block], end = m.patch_offsets[block + 1];
-            held = load(next & ~31u, lane);
-        }
-    }
-    // On to the next 32.
-    __device__ __forceinline__ void advance(u32 lane) {
-        if constexpr (AHEAD) held = ahead, ahead = load(next + 32, lane);
-        else held = load(next, lane);
+        list = m.patches;
+        next = end = 0;
+        if (m.patch_offsets) next = m.patch_offsets[block], end = m.patch_offsets[block + 1];
+        held = load(next & ~31u, lane);
     }
     // Whether this lane's is not yet done.
     __device__ __forceinline__ bool waits(u32 lane) const { return lane >= next % 32 && (next & ~31u) + lane < end; }
@@ -189,7 +156,7 @@ struct Patches {
             const u32 done = __ballot_sync(FULL, now);
             next += __popc(done);
             if (next % 32 || !done) break;
-            advance(lane);
+            held = load(next, lane);
         }
     }
     // The same for all, 32 by 32: calls f(whether the lane has one, that).
@@ -198,7 +165,7 @@ struct Patches {
         while (next < end) {
             f(waits(lane), held);
             next = min((next & ~31u) + 32, end);
-            if (next % 32 == 0) advance(lane);
+            if (next % 32 == 0) held = load(next, lane);
         }
     }
 };
@@ -333,20 +300,38 @@ struct Input {
     }
 };
 
+// The blocks of a task that a thread block has, all of some row blocks, shared out to its warps.
+struct Part {
+    u32 first_row, n_rows;  // row blocks
+    u32 each, more;         // blocks of a warp, of which the first have one more
+
+    __device__ __forceinline__ Part(const Task& task) {
+        const u32 c = blockIdx.x - task.first_cta, wide = c < task.more_rows;
+        first_row = task.rows * c + min(c, task.more_rows), n_rows = task.rows + wide;
+        each = task.blocks[wide], more = task.more_blocks[wide];
+    }
+    // The first block of a warp.
+    __device__ __forceinline__ u32 begin(u32 warp) const { return each * warp + min(warp, more); }
+    __device__ __forceinline__ u32 warp_of(u32 block) const {
+        const u32 wide = more * (each + 1);
+        return block < wide ? block / (each + 1) : more + (block - wide) / each;
+    }
+};
+
 // ---------------------------------------------------------------- sinks
 
 // Rows of codes, or of bf16 values, staged so that every store is of whole lines.
 template <int FORMAT, bool VALUES>
 struct DenseSink {
-    static constexpr int ELEMENT = VALUES || FORMAT == BF16 ? 2 : 1, UNIT = 32 * ELEMENT, TILE_BYTES = 4096;
+    static constexpr int ELEMENT = VALUES || FORMAT == BF16 ? 2 : 1, UNIT = 32 * ELEMENT, PER_TILE = 128 / UNIT, TILE_BYTES = 4096;
     static constexpr bool MASKS = false;
     const Matrix& m;
     u8* out;
     Tile<128> tile;
-    Patches<false> patches;
+    Patches patches;
     u32 lane, i, first_col, n_cols;
     float scale;
-    u32 held[8 * ELEMENT];
+    u32 held[4];
 
     __device__ __forceinline__ DenseSink(const Task& task, u32 scratch, u32 lane) : m(task.matrix), out((u8*)task.out), tile{scratch}, lane(lane) {}
     __device__ __forceinline__ void begin_block(u32 i_, u32 j) {
@@ -355,17 +340,15 @@ struct DenseSink {
         patches.begin(m, i * m.n_col_blocks + j, lane);
     }
     template <class W>
-    __device__ __forceinline__ void quad(u32, int q, Quad quad, W) {
+    __device__ __forceinline__ void quad(u32 u, int q, Quad quad, W) {
         if (VALUES) quad = to_bf16<FORMAT>(quad, scale);
-        held[q * ELEMENT] = quad.a;
-        if constexpr (ELEMENT == 2) held[q * 2 + 1] = quad.b;
+        constexpr int QUADS = 4 / ELEMENT;  // of 16 bytes
+        held[q % QUADS * ELEMENT] = quad.a;
+        if constexpr (ELEMENT == 2) held[q % QUADS * 2 + 1] = quad.b;
+        if (q % QUADS == QUADS - 1) tile.store(again(lane), u % PER_TILE * UNIT + q / QUADS * 16, held[0], held[1], held[2], held[3]);
     }
     __device__ __forceinline__ void end_unit(u32 u) {
-        constexpr u32 PER_TILE = 128 / UNIT;
         const u32 lane = again(this->lane);
-        const u32 byte = u % PER_TILE * UNIT;
-#pragma unroll
-        for (int c = 0; c < 2 * ELEMENT; c++) tile.store(lane, byte + 16 * c, held[4 * c], held[4 * c + 1], held[4 * c + 2], held[4 * c + 3]);
         const bool last = (u + 1) * 32 >= n_cols;
         if (!last && (u + 1) % PER_TILE) return;
         __syncwarp();
@@ -383,10 +366,19 @@ struct DenseSink {
         u8* to = out + ((u64)i * 32 * m.n_cols + first_col + tile_col) * ELEMENT;
         const u64 stride = (u64)m.n_cols * ELEMENT;
         if (stride % 16 == 0) {
+            // Four rows at once, then the next; as many loads together as there are registers for.
+            const u32 first = lane / 8, byte16 = lane % 8 * 16;
+            constexpr u32 TOGETHER = 4;
 #pragma unroll
-            for (u32 r = 0; r < 32; r += 4) {
-                const u32 row = r + lane / 8, byte16 = lane % 8 * 16;
-                if (row < rows && byte16 < used) __stcs((uint4*)(to + row * stride + byte16), tile.load(row, byte16));
+            for (u32 r = 0; r < 32; r += 4 * TOGETHER) {
+                uint4 v[TOGETHER];
+#pragma unroll
+                for (u32 n = 0; n < TOGETHER; n++) v[n] = tile.load(first + r + 4 * n, byte16);
+#pragma unroll
+                for (u32 n = 0; n < TOGETHER; n++) {
+                    const u32 row = first + r + 4 * n;
+                    if (row < rows && byte16 < used) __stcs((uint4*)(to + row * stride + byte16), v[n]);
+                }
             }
         } else {
             for (u32 e = lane; e < rows * 32; e += 32) {  // four bytes of a row each, element by element
@@ -412,7 +404,7 @@ struct GatherSink {
     static constexpr bool MASKS = false;
     const Matrix& m;
     float* out;  // [n_cols]
-    Patches<false> patches;
+    Patches patches;
     u32 lane, i, row, first_col;
     float scale;
 
@@ -441,6 +433,12 @@ struct GatherSink {
 
 constexpr u32 GROUP = 128;  // columns
 
+// One 16 × 32-byte operand of mma, of which the lane's 16 bytes are at `at`.
+__device__ __forceinline__ void load_matrix(u32 (&v)[4], u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+}
+
 __device__ __forceinline__ void mma(i32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -462,11 +460,11 @@ template <int FORMAT, u32 GROUPS = 1>
 struct DotSink {
     static constexpr u32 ROWS = 32 / GROUPS;
     static constexpr int TILE_BYTES = FORMAT == INT8 ? EARLY_BYTES : 256;
-    static constexpr bool MASKS = FORMAT != INT8, EARLY = FORMAT == INT8, READS_X = true;
+    static constexpr bool MASKS = FORMAT != INT8, EARLY = FORMAT == INT8;
     const Matrix& m;
     // Shared, the columns four by four. int8: high 4, low 4; fp8: f32; bf16: high 4, low 4. Behind them, what a sum is worth (double), and zeros.
     const u8* x;
-    Patches<false> patches;
+    Patches patches;
     u32 scratch, lane, first_col, n_cols;
     i32 high = 0, low = 0;
     float sums[4] = {};
@@ -479,7 +477,7 @@ struct DotSink {
     __device__ __forceinline__ DotSink(const Launch&, const Task& task, u32 scratch, u32 slot, u32 lane)
         : m(task.matrix), scratch(scratch), lane(lane), slot(slot) {}
     // What comes from device memory and depends on no other kernel.
-    __device__ __forceinline__ void look_ahead(const Launch& launch, u32) {
+    __device__ __forceinline__ void look_ahead(const Launch& launch) {
         for (u32 c = threadIdx.x * 32; launch.norm && c < m.n_cols; c += blockDim.x * 32) {
             asm volatile("prefetch.global.L2 [%0];" ::"l"(launch.norm + c));
         }
@@ -639,115 +637,217 @@ struct DotSink {
         for (int c = 0; c < 4; c++) sums[c] = 0;
     }
     // What the sums are worth.
-    __device__ __forceinline__ double unit(u32) const { return *(const double*)unit_at(); }
+    __device__ __forceinline__ double unit() const { return *(const double*)unit_at(); }
 };
 
-// 2 to 16 tokens: TILES × 8 of them, on the tensor cores. int8: exact. Others: bf16 operands, x as the sum of two, sums in float32.
-template <int FORMAT, int TILES>
-struct MmaSink {
-    static constexpr u32 ROWS = 32;
-    static constexpr int ELEMENT = FORMAT == INT8 ? 1 : 2, TILE_BYTES = 1024 * ELEMENT;
-    static constexpr bool MASKS = FORMAT != INT8, EARLY = false, READS_X = false;
-    using Sum = typename std::conditional<FORMAT == INT8, i32, float>::type;
-    const Matrix& m;
-    const uint4* x;
-    Tile<32 * ELEMENT> tile;
-    Patches<true> patches;
-    u32 lane, slot, n_tokens, first_col, n_cols;
-    const double* units;
-    u32 held[8 * ELEMENT];
-    // [half of the rows][tokens][high, low: int8 only]
-    Sum sums[2][TILES][FORMAT == INT8 ? 2 : 1][4];
-    uint4 xs[TILES][ELEMENT];
+#if __CUDA_ARCH__ >= 900
+#define WAIT_PARITY "mbarrier.try_wait.parity.shared.b64 over, [%0], %1;"
+#else
+#define WAIT_PARITY "mbarrier.test_wait.parity.shared.b64 over, [%0], %1;"
+#endif
 
-    __device__ __forceinline__ MmaSink(const Launch& launch, const Task& task, u32 scratch, u32 slot, u32 lane)
-        : m(task.matrix), x((const uint4*)launch.x), tile{scratch}, lane(lane), slot(slot), n_tokens(launch.n_tokens), units(launch.units) {
-        clear();
+// 2 to 16 tokens, on the tensor cores: some warps decode to tiles in shared memory (TileSink), others multiply those (Multiplier), so that neither needs the
+// registers of both. A tile is 32 rows of 64 bytes: one unit of bf16, or two of codes that follow one another in a row block (or one, and zeros). Each decoder
+// has STAGES of them, one after the other in a ring, with two barriers each: that it is full, and that it is free.
+struct Tiles {
+    static constexpr u32 STAGES = 2, TILE = 2048, BYTES = STAGES * TILE, BARRIER_BYTES = 64;
+    u32 base, barriers;
+
+    static __device__ __forceinline__ void create(u32 barrier) { asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory"); }
+    // By one thread.
+    __device__ __forceinline__ void create() const {
+        for (u32 s = 0; s < 2 * STAGES; s++) create(barriers + 8 * s);
     }
-    __device__ __forceinline__ void look_ahead(const Launch&, u32 first_block) { patches.open(m, first_block, lane); }
-    __device__ __forceinline__ void prepare(const Launch&, Input&, u8*) {}
-    __device__ __forceinline__ void clear() {
-        Sum* all = &sums[0][0][0][0];
-#pragma unroll
-        for (int s = 0; s < (int)(sizeof sums / sizeof(Sum)); s++) all[s] = 0;
+    // The decoder's `t`th.
+    __device__ __forceinline__ Tile<64> tile(u32 t) const { return {base + t % STAGES * TILE}; }
+    __device__ __forceinline__ u32 full(u32 t) const { return barriers + t % STAGES * 16; }
+    __device__ __forceinline__ u32 free(u32 t) const { return full(t) + 8; }
+    // Until the phase of this parity is over. The one before it has to be.
+    static __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+        asm volatile(
+            "{.reg .pred over;"
+            "again: " WAIT_PARITY
+            "@over bra done;"
+            "nanosleep.u32 32;"
+            "bra again;"
+            "done: }" ::"r"(barrier), "r"(parity) : "memory");
+        __syncwarp();
     }
+    __device__ __forceinline__ void wait_full(u32 t) const { wait(full(t), t / STAGES & 1); }
+    __device__ __forceinline__ void wait_free(u32 t) const { wait(free(t), (t / STAGES & 1) ^ 1); }
+    // By all lanes, what they did before is done.
+    static __device__ __forceinline__ void arrive(u32 barrier) {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
+    }
+};
+
+template <int FORMAT>
+struct TileSink {
+    static constexpr int ELEMENT = FORMAT == INT8 ? 1 : 2;
+    static constexpr bool MASKS = FORMAT != INT8;
+    const Matrix& m;
+    Tiles tiles;
+    Patches patches;
+    u32 begun;       // barriers, one for each row block: that the decoder which is in the one before it has come to it
+    u32 lane, n_cols, t = 0;
+    u32 second = 0;  // 32 where the tile has a unit already
+    u32 held[4];
+
+    __device__ __forceinline__ TileSink(const Matrix& m, Tiles tiles, u32 begun, u32 lane) : m(m), tiles(tiles), begun(begun), lane(lane) {}
     __device__ __forceinline__ void begin_block(u32 i, u32 j) {
-        first_col = j * m.block_cols, n_cols = min(m.block_cols, m.n_cols - first_col);
+        if (j == 0 && t > 0) Tiles::arrive(begun + 8 * i);
+        n_cols = min(m.block_cols, m.n_cols - j * m.block_cols);
         patches.begin(m, i * m.n_col_blocks + j, lane);
-    }
-    __device__ __forceinline__ void load_x(u32 u) {
-        const uint4* from = x + (u64)(first_col / 32 + u) * TILES * ELEMENT * 32 + lane;
-#pragma unroll
-        for (int t = 0; t < TILES; t++) {
-#pragma unroll
-            for (int k = 0; k < ELEMENT; k++) xs[t][k] = __ldg(from + (t * ELEMENT + k) * 32);
-        }
     }
     template <class W>
     __device__ __forceinline__ void quad(u32 u, int q, Quad quad, W whole) {
-        if (q == 0) load_x(u);
         if (FORMAT == FP8) quad = to_bf16<FP8>(quad, 1);
         if (MASKS && !holds(whole)) quad = first_columns<2>(quad, (i32)n_cols - (i32)(u * 32 + q * 4));
-        held[q * ELEMENT] = quad.a;
-        if constexpr (ELEMENT == 2) held[q * 2 + 1] = quad.b;
+        constexpr int QUADS = 4 / ELEMENT;  // of 16 bytes
+        held[q % QUADS * ELEMENT] = quad.a;
+        if constexpr (ELEMENT == 2) held[q % QUADS * 2 + 1] = quad.b;
+        if (q % QUADS < QUADS - 1) return;
+        if (q == QUADS - 1 && second == 0) tiles.wait_free(t);
+        tiles.tile(t).store(lane, second + q / QUADS * 16, held[0], held[1], held[2], held[3]);
     }
     __device__ __forceinline__ void end_unit(u32 u) {
-#pragma unroll
-        for (int c = 0; c < 2 * ELEMENT; c++) tile.store(lane, 16 * c, held[4 * c], held[4 * c + 1], held[4 * c + 2], held[4 * c + 3]);
-        __syncwarp();
         if (patches.next < patches.end) {
+            __syncwarp();
             patches.until((u + 1) * 32, lane, [&](u32 row, u32 col, u32 code) {
                 u32 element = code;
                 if (FORMAT == FP8) {
                     const __nv_bfloat16 v = __float2bfloat16_rn(value_of<FP8>(code));
                     element = *(const u16*)&v;
                 }
-                tile.template put<ELEMENT>(row, (col - u * 32) * ELEMENT, element);
+                tiles.tile(t).template put<ELEMENT>(row, second + (col - u * 32) * ELEMENT, element);
             });
-            __syncwarp();
         }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-#pragma unroll
-            for (int k = 0; k < ELEMENT; k++) {
-                u32 a[4];
-                tile.load_matrix(a, lane, 16 * half, 32 * k);
-#pragma unroll
-                for (int t = 0; t < TILES; t++) {
-                    const uint4 b = xs[t][k];
-                    if constexpr (FORMAT == INT8) {
-                        mma(sums[half][t][0], a, b.x, b.y);
-                        mma(sums[half][t][1], a, b.z, b.w);
-                    } else {
-                        mma(sums[half][t][0], a, b.x, b.y);
-                        mma(sums[half][t][0], a, b.z, b.w);
-                    }
-                }
-            }
-        }
-        __syncwarp();
+        if (FORMAT == INT8) second ^= 32;
+        if (second == 0) end_tile();
+    }
+    __device__ __forceinline__ void end_tile() {
+        Tiles::arrive(tiles.full(t));
+        t++, second = 0;
     }
     __device__ __forceinline__ void end_block() {}
     __device__ __forceinline__ void end_row() {
+        if (second == 0) return;
+        for (u32 c = 0; c < 32; c += 16) tiles.tile(t).store(lane, second + c, 0, 0, 0, 0);
+        end_tile();
+    }
+};
+
+// A warp that multiplies tiles of one row block, which several decoders have, with EIGHTS × 8 tokens. int8: exact. Others: bf16 operands, x as the sum
+// of two, sums in float32, of tiles in an order that is always the same: that in which decoders as fast as each other would be through with them.
+template <int FORMAT, int EIGHTS>
+struct Multiplier {
+    static constexpr u32 UNITS = FORMAT == INT8 ? 2 : 1;  // of a tile
+    static constexpr u32 STAGES = 3, X_BYTES = 1024 * EIGHTS, BYTES = STAGES * X_BYTES;
+    using Sum = typename std::conditional<FORMAT == INT8, i32, float>::type;
+    // [half of the rows][tokens][high, low: int8 only]
+    Sum sums[2][EIGHTS][FORMAT == INT8 ? 2 : 1][4] = {};
+
+    static __device__ __forceinline__ u32 n_tiles(u32 units) { return (units + UNITS - 1) / UNITS; }
+
+    // The tiles of row block r of the part from every `stride`th decoder from `first` on; `tiles` are those of decoder 0, of the others as far apart as WINDOW,
+    // and `begun` is the row block's barrier. `xs`: room for what is multiplied by.
+    template <u32 WINDOW>
+    __device__ __forceinline__ void run(const Matrix& m, const Part& part, u32 r, u32 first, u32 stride, Tiles tiles, u32 begun, const void* x, u32 xs) {
+        const u32 lane = threadIdx.x % 32;
+        first = uniform(first), stride = uniform(stride), begun = uniform(begun), tiles.barriers = uniform(tiles.barriers), tiles.base = uniform(tiles.base);
+        // Of the decoder that is this lane's: its tiles that are the row block's, and what makes of one its first unit in the row.
+        u32 begin = 0, n = 0, unit = 0;
+        {
+            const u32 decoder = first + stride * lane, row_begin = r * m.n_col_blocks;
+            const u32 share_begin = part.begin(decoder), from = max(share_begin, row_begin), to = min(part.begin(decoder + 1), row_begin + m.n_col_blocks);
+            if (from < to) {
+                const u32 first_unit = units_of(m, 0, from - row_begin);
+                if (share_begin < row_begin) {
+                    const u32 row = m.rows_in(share_begin);
+                    begin = n_tiles(m.n_units - units_of(m, 0, share_begin - row * m.n_col_blocks)) + (r - row - 1) * n_tiles(m.n_units);
+                }
+                n = n_tiles(units_of(m, 0, to - row_begin) - first_unit), unit = first_unit - begin * UNITS;
+            }
+        }
+        // Tiles, one of each decoder that has a `t`th, then the next of each; as t · 256 + decoder.
+        constexpr u32 NONE = ~0u;
+        const u32 last = __reduce_max_sync(FULL, begin + n);
+        // The first one of the decoder that was in another row block before, of which there is one at most.
+        const u32 crossing = __reduce_min_sync(FULL, begin > 0 ? begin << 8 | (first + stride * lane) : NONE);
+        u32 t = __reduce_min_sync(FULL, n > 0 ? begin : NONE) - 1, lanes = 0, to_stage = 0, stage = 0;
+        xs += lane * 16;
+        const u8* source = (const u8*)x + lane * 16;
+        // Asks for what the next one is multiplied by.
+        auto fetch = [&]() INLINE {
+            u32 tile = NONE;
+            while (!lanes && ++t < last) lanes = __ballot_sync(FULL, t - begin < n);
+            if (lanes) {
+                const u32 l = __ffs(lanes) - 1;
+                lanes &= lanes - 1;
+                tile = t << 8 | (first + stride * l);
+                const u8* from = source + (u64)(__shfl_sync(FULL, unit, l) + t * UNITS) * (X_BYTES / UNITS);
+#pragma unroll
+                for (int c = 0; c < 2 * EIGHTS; c++) copy_async(xs + to_stage + c * 512, from + c * 512);
+            }
+            commit_copies();
+            to_stage = to_stage == BYTES - X_BYTES ? 0 : to_stage + X_BYTES;
+            return tile;
+        };
+        u32 now = fetch(), next = fetch();
+#pragma unroll 1
+        while (now != NONE) {
+            wait_copies<STAGES - 2>();
+            __syncwarp();  // after it all lanes are through with the stage before this, too
+            const u32 decoder = now & 0xff, t = now >> 8;
+            const Tiles its{0, tiles.barriers + decoder * Tiles::BARRIER_BYTES};
+            // Until it has come to this row block, the parity of its barriers may be that of two phases before.
+            if (now == crossing) Tiles::wait(begun, 0);
+            now = next, next = fetch();
+            its.wait_full(t);
+            // Tiles begin at multiples of 64.
+            const u32 at = tiles.base + decoder * WINDOW + t % Tiles::STAGES * Tiles::TILE + Tile<64>::offset(lane & 15, lane & 16);
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                u32 a[2][4];
+#pragma unroll
+                for (int half = 0; half < 2; half++) load_matrix(a[half], (at ^ 32 * k) + 1024 * half);
+                if (k == 1) Tiles::arrive(its.free(t));
+#pragma unroll
+                for (int n = 0; n < EIGHTS; n++) {
+                    uint4 b;
+                    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                                 : "=r"(b.x), "=r"(b.y), "=r"(b.z), "=r"(b.w) : "r"(xs + stage + (k * EIGHTS + n) * 512) : "memory");
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        mma(sums[half][n][0], a[half], b.x, b.y);
+                        mma(sums[half][n][FORMAT == INT8], a[half], b.z, b.w);
+                    }
+                }
+            }
+            stage = stage == BYTES - X_BYTES ? 0 : stage + X_BYTES;
+        }
+        wait_copies<0>();
+    }
+    // Leaves the sums in a slot.
+    __device__ __forceinline__ void put(u32 slot, u32 n_tokens) const {
+        const u32 lane = threadIdx.x % 32;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int t = 0; t < TILES; t++) {
+            for (int n = 0; n < EIGHTS; n++) {
 #pragma unroll
                 for (int s = 0; s < 4; s++) {
-                    const u32 row = 16 * half + 8 * (s / 2) + lane / 4, token = 8 * t + lane % 4 * 2 + s % 2;
+                    const u32 row = 16 * half + 8 * (s / 2) + lane / 4, token = 8 * n + lane % 4 * 2 + s % 2;
                     if (token >= n_tokens) continue;
                     u64 sum;
-                    if constexpr (FORMAT == INT8) sum = (u64)(255 * (i64)sums[half][t][0][s] + sums[half][t][1][s]);
-                    else sum = (u64)__double_as_longlong(sums[half][t][0][s]);
-                    asm volatile("st.shared.u64 [%0], %1;" ::"r"(slot + (token * ROWS + row) * 8), "l"(sum) : "memory");
+                    if constexpr (FORMAT == INT8) sum = (u64)(255 * (i64)sums[half][n][0][s] + sums[half][n][1][s]);
+                    else sum = (u64)__double_as_longlong(sums[half][n][0][s]);
+                    asm volatile("st.shared.u64 [%0], %1;" ::"r"(slot + (token * 32 + row) * 8), "l"(sum) : "memory");
                 }
             }
         }
-        slot += n_tokens * ROWS * 8;
-        clear();
     }
-    __device__ __forceinline__ double unit(u32 token) const { return FORMAT == INT8 ? units[token] : 1; }
 };
 
 // A warp's way through consecutive blocks of a plain matrix: bf16, with rows up to a multiple of eight and columns up to one, at `Matrix::stream`. A block is
@@ -847,11 +947,11 @@ __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
     const Task& task = find_task(launch);
     const Matrix& m = task.matrix;
     const u32 lane = threadIdx.x % 32, n_warps = blockDim.x / 32, n_shares = task.n_ctas * n_warps;
-    const u32 share = (blockIdx.x - task.first_cta) * n_warps + place_of_warp(threadIdx.x / 32, n_warps);
+    const u32 warp = uniform(threadIdx.x / 32), share = (blockIdx.x - task.first_cta) * n_warps + place_of_warp(warp, n_warps);
     const u64 n_blocks = (m.n_rows + 31) / 32 * m.n_col_blocks;
-    const u32 first = n_blocks * share / n_shares, end = n_blocks * (share + 1) / n_shares;
+    const u32 first = uniform(n_blocks * share / n_shares), end = uniform(n_blocks * (share + 1) / n_shares);
     const u32 table = (u32)__cvta_generic_to_shared(shared_memory);
-    const u32 ring = table + launch.table_bytes + threadIdx.x / 32 * (RING_BYTES + Sink::TILE_BYTES);
+    const u32 ring = table + launch.table_bytes + warp * (RING_BYTES + Sink::TILE_BYTES);
     const Stream stream(m, first, end);
     copy_table(m, table, threadIdx.x, blockDim.x);
     const u32 i = first / m.n_col_blocks, j = first - i * m.n_col_blocks;
@@ -869,24 +969,6 @@ __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
     with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, i, j, end - first, units_of(m, j, end - first), sink); });
 }
 
-// The blocks of a task that a thread block has, all of some row blocks, shared out to its warps.
-struct Part {
-    u32 first_row, n_rows;  // row blocks
-    u32 each, more;         // blocks of a warp, of which the first have one more
-
-    __device__ __forceinline__ Part(const Task& task) {
-        const u32 c = blockIdx.x - task.first_cta, wide = c < task.more_rows;
-        first_row = task.rows * c + min(c, task.more_rows), n_rows = task.rows + wide;
-        each = task.blocks[wide], more = task.more_blocks[wide];
-    }
-    // The first block of a warp.
-    __device__ __forceinline__ u32 begin(u32 warp) const { return each * warp + min(warp, more); }
-    __device__ __forceinline__ u32 warp_of(u32 block) const {
-        const u32 wide = more * (each + 1);
-        return block < wide ? block / (each + 1) : more + (block - wide) / each;
-    }
-};
-
 // The blocks of a warp: so many from column block j of row block i on, and the slot for the sums of the first of its row blocks. Warp w leaves those of the
 // thread block's row block r in slot w + r: a warp's follow one another, and no two meet.
 struct Share {
@@ -900,19 +982,28 @@ struct Share {
     }
 };
 
-// Of a task's row blocks in a thread block, the warps that have blocks of each.
+// How a thread block's row blocks are shared out to its multipliers, each of which has one row block, or a part of one.
+struct Team {
+    u32 each, more;  // multipliers of a row block, of which the first have one more
+
+    __device__ __forceinline__ Team(u32 n_multipliers, u32 n_rows) : each(n_multipliers / n_rows), more(n_multipliers % n_rows) {}
+    __device__ __forceinline__ u32 begin(u32 r) const { return each * r + min(r, more); }
+    __device__ __forceinline__ u32 row_of(u32 multiplier) const {
+        const u32 wide = more * (each + 1);
+        return multiplier < wide ? multiplier / (each + 1) : more + (multiplier - wide) / each;
+    }
+};
+
+// Of a task's row blocks in a thread block, the slots with the sums of each.
 struct Cut {
     u32 first_row, n_rows;
-    u16 warps[MAX_ROWS][2];  // the first and the last
+    u16 slots[MAX_ROWS][2];  // the first and the last
 
-    // By one warp.
-    __device__ __forceinline__ void work_out(const Task& task, u32 lane) {
-        const u32 n_col_blocks = task.matrix.n_col_blocks;
-        const Part part(task);
+    // By one warp; `slots_of(r, ...)` sets those of a row block.
+    template <class F>
+    __device__ __forceinline__ void work_out(const Part& part, u32 lane, F slots_of) {
         if (lane == 0) first_row = part.first_row, n_rows = part.n_rows;
-        for (u32 r = lane; r < part.n_rows; r += 32) {
-            warps[r][0] = part.warp_of(r * n_col_blocks), warps[r][1] = part.warp_of((r + 1) * n_col_blocks - 1);
-        }
+        for (u32 r = lane; r < part.n_rows; r += 32) slots_of(r, slots[r]);
     }
 };
 
@@ -920,11 +1011,11 @@ struct Cut {
 // are worth, and the bias.
 template <int FORMAT, u32 ROWS>
 __device__ __forceinline__ float add_up(const Launch& launch, const Task& task, const Cut& cut, u32 slots, u32 r, u32 token, u32 row, float scale, double unit) {
-    const u32 lane = threadIdx.x % 32 % ROWS, last = cut.warps[r][1];
+    const u32 lane = threadIdx.x % 32 % ROWS, last = cut.slots[r][1];
     typename std::conditional<FORMAT == INT8, i64, double>::type sum = 0;
-    for (u32 w = cut.warps[r][0]; w <= last; w++) {
+    for (u32 s = cut.slots[r][0]; s <= last; s++) {
         u64 bits;
-        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(slots + (((w + r) * launch.n_tokens + token) * ROWS + lane) * 8) : "memory");
+        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(slots + ((s * launch.n_tokens + token) * ROWS + lane) * 8) : "memory");
         if constexpr (FORMAT == INT8) sum += (i64)bits;
         else sum += __longlong_as_double((i64)bits);
     }
@@ -932,13 +1023,43 @@ __device__ __forceinline__ float add_up(const Launch& launch, const Task& task, 
     return task.bias && row < task.matrix.n_rows ? y + element(task.bias, row, launch.bf16) : y;
 }
 
-// Products: a thread block has whole row blocks, of which its warps take shares that are as even as can be, and adds up what they leave. `with` is
-// with_codec or its like; PLAIN: the matrices are not encoded, and `with` is nothing. Shared memory: the table (two with `gated`, where half of the warps are each product's), the
-// warps' rings and tiles, slots of sums, and what the sink keeps.
+// The end of products: once all warps have left their sums in the slots, at `slots` (those of a second, gated product `slots_bytes` behind), the row blocks
+// and tokens are shared out anew. unit(token): what a token's sums are worth. All threads call it.
+template <int FORMAT, u32 ROWS, class Unit>
+__device__ __forceinline__ void put_out(const Launch& launch, const Task& task, const Cut (&cuts)[2], u32 slots, u32 slots_bytes, Unit unit_of) {
+    const u32 lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
+    const Task& task0 = launch.gated ? launch.tasks[0] : task;
+    const Task& task1 = launch.tasks[1];
+    const u32 n_tokens = launch.n_tokens, n_items = cuts[0].n_rows * n_tokens, n_rows = task0.matrix.n_rows;
+    u32 item = threadIdx.x / 32;
+    auto row_of = [&]() INLINE { return lane < ROWS ? (cuts[0].first_row + item / n_tokens) * ROWS + lane : n_rows; };
+    auto scale = [&](const Task& of) INLINE { return item < n_items && row_of() < n_rows ? scale_of<FORMAT>(of.matrix, row_of()) : 0; };
+    // What the sums are worth is asked for before they are there.
+    float scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0;
+    __syncthreads();
+    while (item < n_items) {
+        const u32 r = item / n_tokens, token = item % n_tokens, row = row_of();
+        const double unit = unit_of(token);
+        float y = add_up<FORMAT, ROWS>(launch, task0, cuts[0], slots, r, token, row, scale0, unit);
+        if (launch.gated) y = add_up<FORMAT, ROWS>(launch, task1, cuts[1], slots + slots_bytes, r, token, row, scale1, unit) * (y / (1 + expf(-y)));
+        if (row < n_rows) {
+            const u64 at = (u64)token * n_rows + row;
+            float* out = (float*)task0.out + at;
+            if (launch.bf16) ((__nv_bfloat16*)task0.out)[at] = __float2bfloat16_rn(y);
+            else *out = task0.adds ? *out + y : y;
+        }
+        item += n_warps;
+        scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0;
+    }
+}
+
+// Products with one token: a thread block has whole row blocks, of which its warps take shares that are as even as can be, and adds up what they leave. `with`
+// is with_codec or its like; PLAIN: the matrices are not encoded, and `with` is nothing. Shared memory: the table (two with `gated`, where half of the warps
+// are each product's), the warps' rings and tiles, slots of sums, and what the sink keeps.
 template <int FORMAT, class Sink, bool PLAIN = false, class With>
 __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     constexpr u32 ROWS = Sink::ROWS, WINDOW = PLAIN ? PlainReader::BYTES : RING_BYTES + Sink::TILE_BYTES;
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+    const u32 lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), n_warps = blockDim.x / 32;
     const u32 team_warps = launch.gated ? n_warps / 2 : n_warps, team = warp / team_warps, n_teams = launch.gated ? 2 : 1;
     const Task& task = launch.gated ? launch.tasks[team] : find_task(launch);
     const Matrix& m = task.matrix;
@@ -946,7 +1067,8 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     const u32 shared = (u32)__cvta_generic_to_shared(shared_memory), table = shared + team * launch.table_bytes;
     const u32 ring = shared + n_teams * launch.table_bytes + warp * WINDOW;
     const u32 slots_at = n_teams * launch.table_bytes + n_warps * WINDOW;
-    const u32 slot_bytes = launch.n_tokens * ROWS * 8, slots_bytes = launch.n_slots * slot_bytes;
+    constexpr u32 slot_bytes = ROWS * 8;
+    const u32 slots_bytes = launch.n_slots * slot_bytes;
     // What depends on no other kernel: the table, and the first blocks' bytes.
     __shared__ Cut cuts[2];
     const Share share(task, team_warp);
@@ -963,9 +1085,14 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
             if (lane == 0) prefetch_scales(m, i);  // needed at the end
         }
     }
-    if (team_warp == 0) cuts[team].work_out(task, lane);
+    if (team_warp == 0) {
+        const Part part(task);
+        cuts[team].work_out(part, lane, [&](u32 r, u16 (&slots)[2]) INLINE {
+            slots[0] = part.warp_of(r * m.n_col_blocks) + r, slots[1] = part.warp_of((r + 1) * m.n_col_blocks - 1) + r;
+        });
+    }
     Sink sink(launch, task, ring + RING_BYTES, shared + slots_at + team * slots_bytes + share.slot * slot_bytes, lane);
-    sink.look_ahead(launch, block);
+    sink.look_ahead(launch);
     // While the kernel before this one is at work.
     const bool early = Sink::EARLY && launch.early;
     if constexpr (!PLAIN) {
@@ -979,7 +1106,7 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     wait_for_previous();
     // Not before: of three kernels on the way at once, some multiprocessors would get several thread blocks, others none.
     start_next();
-    Input input(launch.x, launch.norm, launch.bf16, Sink::READS_X ? m.n_cols : 0);
+    Input input(launch.x, launch.norm, launch.bf16, m.n_cols);
     // Not before: it waits for the offsets, and the activations would come after them.
     if constexpr (!PLAIN) {
         if (!early && n_blocks) reader.open(m, stream, ring, lane);
@@ -1003,29 +1130,69 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
             }
         });
     }
-    // Row blocks and tokens are shared out anew, and what their sums are worth is asked for before they are there.
-    const Task& task0 = launch.gated ? launch.tasks[0] : task;
-    const Task& task1 = launch.tasks[1];
-    const u32 n_tokens = launch.n_tokens, n_items = cuts[0].n_rows * n_tokens, n_rows = task0.matrix.n_rows, all_slots = shared + slots_at;
-    u32 item = warp;
-    auto row_of = [&]() INLINE { return lane < ROWS ? (cuts[0].first_row + item / n_tokens) * ROWS + lane : n_rows; };
-    auto scale = [&](const Task& of) INLINE { return item < n_items && row_of() < n_rows ? scale_of<FORMAT>(of.matrix, row_of()) : 0; };
-    float scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0;
-    __syncthreads();
-    while (item < n_items) {
-        const u32 r = item / n_tokens, token = item % n_tokens, row = row_of();
-        const double unit = sink.unit(token);
-        float y = add_up<FORMAT, ROWS>(launch, task0, cuts[0], all_slots, r, token, row, scale0, unit);
-        if (launch.gated) y = add_up<FORMAT, ROWS>(launch, task1, cuts[1], all_slots + slots_bytes, r, token, row, scale1, unit) * (y / (1 + expf(-y)));
-        if (row < n_rows) {
-            const u64 at = (u64)token * n_rows + row;
-            float* out = (float*)task0.out + at;
-            if (launch.bf16) ((__nv_bfloat16*)task0.out)[at] = __float2bfloat16_rn(y);
-            else *out = task0.adds ? *out + y : y;
+    put_out<FORMAT, ROWS>(launch, task, cuts, shared + slots_at, slots_bytes, [&](u32) INLINE { return sink.unit(); });
+}
+
+// Products with 2 to 16 tokens: the first `n_decoders` warps decode, their blocks shared out as for one token, and the others multiply. What is decoded depends
+// on no activations, so that it begins while those are made. Shared memory: the table (two with `gated`), barriers, the decoders' rings and tiles, and the
+// multipliers' activations; when all is multiplied, slots of sums in the place of rings and tiles.
+template <int FORMAT, int EIGHTS, class With>
+__device__ __forceinline__ void multiply_many(const Launch& launch, With with) {
+    constexpr u32 WINDOW = RING_BYTES + Tiles::BYTES, BARRIERS = Tiles::BARRIER_BYTES, ROWS_BYTES = 64;
+    const u32 lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
+    const u32 n_teams = launch.gated ? 2 : 1, n_decoders = launch.n_decoders, team_decoders = n_decoders / n_teams;
+    const u32 n_multipliers = (blockDim.x / 32 - n_decoders) / n_teams;  // of a team
+    const bool decodes = warp < n_decoders;
+    const u32 team = decodes ? warp / team_decoders : (warp - n_decoders) / n_multipliers;
+    const u32 place = decodes ? warp - team * team_decoders : warp - n_decoders - team * n_multipliers;
+    const Task& task = launch.gated ? launch.tasks[team] : find_task(launch);
+    const Matrix& m = task.matrix;
+    const u32 shared = (u32)__cvta_generic_to_shared(shared_memory), table = shared + team * launch.table_bytes;
+    // A barrier for each row block, of which a team has no more than multipliers.
+    const u32 begun = shared + n_teams * launch.table_bytes + team * n_multipliers * 8, barriers = shared + n_teams * launch.table_bytes + ROWS_BYTES;
+    const u32 windows = barriers + n_decoders * BARRIERS, xs = windows + n_decoders * WINDOW;
+    const u32 slot_bytes = launch.n_tokens * 32 * 8, slots_bytes = n_multipliers * slot_bytes;
+    __shared__ Cut cuts[2];
+    if (decodes) {
+        const Share share(task, place);
+        const u32 i = share.i, j = share.j, n_blocks = share.n_blocks, block = i * m.n_col_blocks + j;
+        const u32 ring = windows + warp * WINDOW;
+        const Tiles tiles{ring + RING_BYTES, barriers + warp * BARRIERS};
+        const Stream stream(m, block, block + n_blocks);
+        copy_table(m, table, place * 32 + lane, team_decoders * 32);
+        Reader reader;
+        if (n_blocks) {
+            prefetch_raw(m, i, j, lane);
+            if (lane == 0) prefetch_scales(m, i), tiles.create();
+            reader.open(m, stream, ring, lane);
         }
-        item += n_warps;
-        scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0;
+        wait_for_table(n_blocks);
+        __syncthreads();
+        TileSink<FORMAT> sink(m, tiles, begun - 8 * Part(task).first_row, lane);
+        if (n_blocks) {
+            with(task.codec, [&](auto codec) INLINE {
+                decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, i, j, n_blocks, units_of(m, j, n_blocks), sink);
+            });
+        }
+        wait_for_previous();
+        __syncthreads();
+    } else {
+        const Part part(task);
+        const Team of(n_multipliers, part.n_rows);
+        if (place == 0) cuts[team].work_out(part, lane, [&](u32 r, u16 (&slots)[2]) INLINE { slots[0] = of.begin(r), slots[1] = of.begin(r + 1) - 1; });
+        const u32 r = of.row_of(place), first = of.begin(r), stride = of.begin(r + 1) - first;
+        if (lane == 0) Tiles::create(begun + 8 * place);
+        Multiplier<FORMAT, EIGHTS> multiplier;
+        __syncthreads();
+        wait_for_previous();
+        start_next();
+        const Tiles tiles{windows + team * team_decoders * WINDOW + RING_BYTES, barriers + team * team_decoders * BARRIERS};
+        const u32 first_decoder = part.warp_of(r * m.n_col_blocks) + place - first;
+        multiplier.template run<WINDOW>(m, part, r, first_decoder, stride, tiles, begun + 8 * r, launch.x, xs + (warp - n_decoders) * multiplier.BYTES);
+        __syncthreads();
+        multiplier.put(windows + team * slots_bytes + place * slot_bytes, launch.n_tokens);
     }
+    put_out<FORMAT, 32>(launch, task, cuts, windows, slots_bytes, [&](u32 token) INLINE { return FORMAT == INT8 ? launch.units[token] : 1; });
 }
 
 // One warp a token and column block; grid (column blocks, tokens).
@@ -1086,8 +1253,8 @@ __device__ __forceinline__ void with_any(u32, F f) { f(Codec<FORMAT, ANY, ANY>()
     KERNEL(1024, decode_values_##name, WITH, decode_shares<FORMAT, DenseSink<FORMAT, true>>)   \
     KERNEL(32, gather_rows_##name, WITH, gather<FORMAT>)                                       \
     KERNEL(1024, product_1_##name, WITH, multiply<FORMAT, DotSink<FORMAT>>)                    \
-    KERNEL(512, product_8_##name, WITH, multiply<FORMAT, MmaSink<FORMAT, 1>>)                  \
-    KERNEL(512, product_16_##name, WITH, multiply<FORMAT, MmaSink<FORMAT, 2>>)
+    KERNEL(1024, product_8_##name, WITH, multiply_many<FORMAT, 1>)                             \
+    KERNEL(1024, product_16_##name, WITH, multiply_many<FORMAT, 2>)
 
 KERNELS(INT8, int8, with_codec<INT8>)
 KERNELS(INT8, int8_trellis, with_trellis)
@@ -1135,7 +1302,7 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_int8_mma(const __grid
     if (threadIdx.x == 0 && token < p.n_tokens) p.units[token] = fixed_unit(ratio, input.finite());
 }
 
-// The same for bf16, of 16 columns: [unit][8 tokens][half][lane][high 0-7, high 8-15, low 0-7, low 8-15][2], x = high + low but for 2^-17 of it.
+// The same for bf16, of 16 columns: [unit][half][8 tokens][lane][high 0-7, high 8-15, low 0-7, low 8-15][2], x = high + low but for 2^-17 of it.
 extern "C" __global__ void __launch_bounds__(1024) prepare_float_mma(const __grid_constant__ Prepare p) {
     start_next();
     wait_for_previous();
@@ -1144,7 +1311,7 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_float_mma(const __gri
     input.read();
     input.for_each([&](u32 i, float4 v) {
         const u32 lane = token % 8 * 4 + i % 2 * 2;
-        u32* to = (u32*)p.out + (((u64)(i / 8 * tiles + token / 8) * 2 + i % 8 / 4) * 32 + lane) * 4 + i % 4 / 2;
+        u32* to = (u32*)p.out + (((u64)(i / 4) * tiles + token / 8) * 32 + lane) * 4 + i % 4 / 2;
         const float4 low = rest(v);
         to[0] = pack(v.x, v.y), to[4] = pack(v.z, v.w), to[2] = pack(low.x, low.y), to[6] = pack(low.z, low.w);
     });

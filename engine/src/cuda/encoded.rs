@@ -41,8 +41,16 @@ const PLAIN_BYTES: u32 = 4 * 2048;
 pub(super) const PLAIN_ALIGN: usize = 8;
 /// What the kernels declare of shared memory themselves.
 const DECLARED_BYTES: u32 = 2048;
-/// Row blocks of a thread block that multiplies, at most (the larger number: `MAX_ROWS` in encoded.cu), for one token and for more: for each it has slots.
-const THREAD_BLOCK_ROWS: [u32; 2] = [128, 8];
+/// Row blocks of a thread block that multiplies by one token, at most (`MAX_ROWS` in encoded.cu).
+const THREAD_BLOCK_ROWS: u32 = 128;
+/// Warps of a thread block that multiplies by several tokens: those that decode, at most, and those that multiply, each of which has one row block.
+const DECODERS: u32 = 24;
+const MULTIPLIERS: u32 = 8;
+/// Bytes of a decoder's tiles and of their barriers (`Tiles` in encoded.cu), of the row blocks' barriers, and, for eight tokens, of a multiplier's activations.
+const TILES_BYTES: u32 = 4096;
+const BARRIER_BYTES: u32 = 64;
+const ROWS_BYTES: u32 = 8 * MULTIPLIERS;
+const X_BYTES: u32 = 3 * 1024;
 /// Row blocks that the kernels count.
 const MAX_ROW_BLOCKS: usize = 1 << 16;
 
@@ -117,6 +125,7 @@ struct Launch {
     gated: u8,
     early: u8,
     bf16: u8,
+    n_decoders: u8,
     tasks: [Task; MAX_TASKS],
 }
 
@@ -145,8 +154,11 @@ struct Needs {
 #[derive(Default)]
 struct Cut {
     n_warps: u32,
+    /// Those of which decode, for they have blocks.
+    n_decoders: u32,
     /// By task.
     n_ctas: [u32; MAX_TASKS],
+    /// One token: slots of sums.
     n_slots: u32,
     /// Whether no warp has more than one block, whose codes are decoded before the activations are known.
     early: bool,
@@ -289,7 +301,7 @@ impl EncodedKernels {
     /// Columns that the kernels take of a plain matrix: one token's activations lie in shared memory.
     pub fn plain_cols(&self) -> usize {
         let (rows, block_cols) = PLAIN_BLOCK;
-        let others = PLAIN_BYTES + 192 + 8 * rows * (THREAD_BLOCK_ROWS[0] + 1);
+        let others = PLAIN_BYTES + 192 + 8 * rows * (THREAD_BLOCK_ROWS + 1);
         ((self.shared_limit - others) * 8 / 33 / block_cols * block_cols) as usize
     }
 
@@ -506,6 +518,10 @@ impl DeviceMatrix {
 
     fn n_row_blocks(&self) -> u32 {
         self.description.n_rows.div_ceil(self.block_rows())
+    }
+
+    fn n_blocks(&self) -> u64 {
+        u64::from(self.n_row_blocks()) * u64::from(self.description.n_col_blocks)
     }
 
     fn table_bytes(&self) -> u32 {
@@ -751,8 +767,8 @@ impl EncodedKernels {
             Launch { n_tasks, x: data, units, norm_or_tokens: norm, eps, gated: gated.into(), ..Default::default() };
         (launch.n_tokens, launch.bf16) = (n_tokens as u8, input.bf16.into());
         (launch.n_slots, launch.table_bytes) = (cut.n_slots, cut.table_bytes);
-        launch.early = cut.early.into();
-        let team_warps = if gated { cut.n_warps / 2 } else { cut.n_warps };
+        (launch.early, launch.n_decoders) = (cut.early.into(), cut.n_decoders as u8);
+        let team_warps = if gated { cut.n_decoders / 2 } else { cut.n_decoders };
         let mut first_cta = 0;
         for (i, (task, &(m, bias, out, adds))) in launch.tasks.iter_mut().zip(jobs).enumerate() {
             let (n_ctas, matrix, codec) = (cut.n_ctas[i], m.description, m.codec);
@@ -772,11 +788,19 @@ impl EncodedKernels {
 
     /// How a launch of products is cut: which thread blocks, with whole row blocks each, of how many warps.
     fn cut(&self, jobs: &[Job<'_>], n_tokens: u32, gated: bool) -> Result<Cut> {
+        let cut = if n_tokens == 1 { self.cut_one(jobs, gated)? } else { self.cut_many(jobs, n_tokens, gated)? };
+        match cut.n_warps {
+            0 => Err(Error::Parameter("two matrices of a gated product have no room beside each other".into())),
+            _ => Ok(cut),
+        }
+    }
+
+    /// For one token.
+    fn cut_one(&self, jobs: &[Job<'_>], gated: bool) -> Result<Cut> {
         let matrices = || jobs.iter().map(|job| job.0);
-        let n_blocks = |m: &DeviceMatrix| u64::from(m.n_row_blocks()) * u64::from(m.description.n_col_blocks);
-        let needs = product_needs(n_tokens as usize, jobs[0].0);
+        let needs = product_needs(jobs[0].0);
         let (n_teams, n) = (if gated { 2 } else { 1 }, self.n_multiprocessors);
-        let total: u64 = matrices().map(n_blocks).sum();
+        let total: u64 = matrices().map(DeviceMatrix::n_blocks).sum();
         // Plain matrices have blocks of so few rows that all multiprocessors get as much. Where that is little, few warps leave room for the next kernel's.
         let plain = jobs[0].0.is_plain();
         let small = total as f64 <= SMALL * f64::from(needs.warps * n) && !plain;
@@ -788,29 +812,63 @@ impl EncodedKernels {
             }
             _ => needs.warps,
         };
-        let rows = THREAD_BLOCK_ROWS[usize::from(n_tokens > 1)];
         let mut cut = Cut::default();
         for (n_ctas, m) in cut.n_ctas.iter_mut().zip(matrices()) {
             let n_rows = m.n_row_blocks();
-            let share = if gated { n } else { (u64::from(n) * n_blocks(m) / total) as u32 };
-            *n_ctas = if small { n_rows } else { share.clamp(n_rows.div_ceil(rows), n_rows) };
+            let share = self.share(m, total, gated);
+            *n_ctas = if small { n_rows } else { share.clamp(n_rows.div_ceil(THREAD_BLOCK_ROWS), n_rows) };
         }
         let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| m.n_row_blocks().div_ceil(n));
         let deepest = deepest.max().unwrap_or(1);
         cut.table_bytes = matrices().map(DeviceMatrix::table_bytes).max().unwrap_or(0);
-        // A team of warps has a slot for each of them and each row block: the sums of its rows and the tokens, of 64 bits.
-        let slot_bytes = 8 * jobs[0].0.block_rows() * n_tokens;
+        // A team of warps has a slot for each of them and each row block: the sums of its rows, of 64 bits.
+        let slot_bytes = 8 * jobs[0].0.block_rows();
         let fixed = n_teams * (cut.table_bytes + deepest * slot_bytes);
         let (n_warps, shared_bytes) = self.fit(fixed, needs, wanted, slot_bytes)?;
         cut.n_warps = n_warps / n_teams * n_teams;
-        if cut.n_warps == 0 {
-            return Err(Error::Parameter("two matrices of a gated product have no room beside each other".into()));
-        }
+        cut.n_decoders = cut.n_warps;
         cut.n_slots = cut.n_warps / n_teams + deepest;
         cut.shared_bytes = shared_bytes;
-        let single = small && widest * n_teams <= cut.n_warps;
-        cut.early = single && n_tokens == 1 && matrices().all(DeviceMatrix::decodes_early);
+        cut.early = small && widest * n_teams <= cut.n_warps && matrices().all(DeviceMatrix::decodes_early);
         Ok(cut)
+    }
+
+    /// For several.
+    fn cut_many(&self, jobs: &[Job<'_>], n_tokens: u32, gated: bool) -> Result<Cut> {
+        let matrices = || jobs.iter().map(|job| job.0);
+        let n_teams = if gated { 2 } else { 1 };
+        let total: u64 = matrices().map(DeviceMatrix::n_blocks).sum();
+        let small = total as f64 <= SMALL * f64::from(DECODERS * self.n_multiprocessors);
+        let widest = matrices().map(|m| m.description.n_col_blocks).max().unwrap_or(1);
+        let wanted = if small { (n_teams * widest).min(DECODERS) } else { DECODERS };
+        let table_bytes = matrices().map(DeviceMatrix::table_bytes).max().unwrap_or(0);
+        let each = RING_BYTES + TILES_BYTES + BARRIER_BYTES;
+        let x_bytes = X_BYTES * n_tokens.div_ceil(8);
+        let multipliers = |decoders: u32| decoders.min(MULTIPLIERS);
+        let fixed = n_teams * table_bytes + ROWS_BYTES;
+        let bytes = |decoders: u32| fixed + decoders * each + multipliers(decoders) * x_bytes;
+        let fits = |decoders: &u32| bytes(*decoders) <= self.shared_limit;
+        let n_decoders = (1..=wanted / n_teams).rev().map(|n| n * n_teams).find(fits).unwrap_or(0);
+        if n_decoders == 0 && !gated {
+            let needs = Needs { warp_bytes: each, block_bytes: x_bytes, warps: 1 };
+            self.fit(fixed, needs, 1, 0)?;
+        }
+        let n_multipliers = multipliers(n_decoders);
+        let mut cut = Cut { table_bytes, n_decoders, shared_bytes: bytes(n_decoders), ..Default::default() };
+        cut.n_warps = n_decoders + n_multipliers;
+        for (n_ctas, m) in cut.n_ctas.iter_mut().zip(matrices()).filter(|_| n_multipliers > 0) {
+            // A multiplier for each row block, in as many rounds as that takes.
+            let (n_rows, share) = (m.n_row_blocks(), self.share(m, total, gated).max(1));
+            let n_rounds = n_rows.div_ceil(n_multipliers / n_teams).div_ceil(share);
+            *n_ctas = if small { n_rows } else { (share * n_rounds).min(n_rows) };
+        }
+        Ok(cut)
+    }
+
+    /// How many of the multiprocessors a matrix has, of a launch with so many blocks.
+    fn share(&self, matrix: &DeviceMatrix, total: u64, gated: bool) -> u32 {
+        let n = self.n_multiprocessors;
+        if gated { n } else { (u64::from(n) * matrix.n_blocks() / total) as u32 }
     }
 }
 
@@ -824,31 +882,23 @@ pub(super) fn plain_len(n_rows: usize, n_cols: usize) -> usize {
     n_rows.next_multiple_of(PLAIN_ALIGN) * n_cols.next_multiple_of(PLAIN_ALIGN)
 }
 
-/// Bytes of the operand of up to 16 tokens of `n_cols` columns.
+/// Bytes of the operand of up to 16 tokens of `n_cols` columns, of which those for integers take half; tiles of two units may make the kernels read one
+/// behind the last.
 fn operand_bytes(n_cols: usize) -> usize {
     n_cols.next_multiple_of(32) * 4 * PRODUCT_TOKENS
 }
 
-/// What a product of `n_tokens` tokens with such a matrix needs.
-fn product_needs(n_tokens: usize, matrix: &DeviceMatrix) -> Needs {
-    let (is_int8, many) = (matrix.format == Format::Int8, n_tokens > 1);
-    let tile_bytes = match (many, is_int8) {
-        (false, true) => EARLY_BYTES,
-        (false, false) => 256,
-        (true, true) => 1024,
-        (true, false) => 2048,
-    };
+/// What a product of one token with such a matrix needs.
+fn product_needs(matrix: &DeviceMatrix) -> Needs {
+    let is_int8 = matrix.format == Format::Int8;
     let (warp_bytes, warps, cols) = match matrix.is_plain() {
         true => (PLAIN_BYTES, 16, PLAIN_BLOCK.1),
-        false => (RING_BYTES + tile_bytes, 32, 32),
+        false => (RING_BYTES + if is_int8 { EARLY_BYTES } else { 256 }, 32, 32),
     };
-    // One token's activations are brought into shared memory, those for integers as two bytes; with what a sum is worth, and zeros.
+    // The activations are brought into shared memory, those for integers as two bytes; with what a sum is worth, and zeros.
     let n_cols = matrix.description.n_cols.next_multiple_of(cols);
     let block_bytes = n_cols * if is_int8 { 2 } else { 4 } + if matrix.is_plain() { n_cols / 8 } else { 0 } + 192;
-    match many {
-        false => Needs { warp_bytes, block_bytes, warps },
-        true => Needs { warp_bytes, block_bytes: 0, warps: 16 },
-    }
+    Needs { warp_bytes, block_bytes, warps }
 }
 
 fn jobs<'a>(device: &Device, products: &mut [Product<'a>]) -> Vec<Job<'a>> {
@@ -1032,8 +1082,8 @@ mod tests {
 
     /// Tensors of so many blocks that each warp takes several, one behind the other.
     fn many_blocks() -> Vec<(String, EncodedTensor)> {
-        // Some thread blocks have more row blocks of the second than others.
-        let sources = [tensor(2080, 4096, 21), tensor(5760, 1024, 22)];
+        // Some thread blocks have more row blocks of the second than others; of the third they have several, and warps' shares end within them.
+        let sources = [tensor(2080, 4096, 21), tensor(5760, 1024, 22), tensor(14336, 224, 23)];
         let codecs = [
             (Format::Int8, 8, 10, 4, 1, 0),
             (Format::Int8, 4, 10, 6, 2, 0),
