@@ -144,7 +144,7 @@ impl Geometry {
 }
 
 /// One field of the raw bits: `width` bits from bit `shift` of the raw number, in `width` words from word `first_word` of a unit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RawField {
     /// 8, 4, 2 or 1.
     pub width: u32,

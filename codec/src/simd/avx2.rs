@@ -1,7 +1,7 @@
 //! AVX2: four registers of 8 lanes a block.
 
 use super::{Plan, Quads, consumed_all, prefetch};
-use crate::block::{BLOCK_ROWS, Block, raw_fields};
+use crate::block::{BLOCK_ROWS, Block};
 use crate::format::Format;
 use std::arch::x86_64::*;
 
@@ -86,7 +86,8 @@ unsafe fn codes<const WIDE: bool>(
     // SAFETY: `raw` is a unit's words, 128 bytes each.
     unsafe {
         let mut bytes = [_mm256_setzero_si256(); 2]; // of the raw number
-        for (f, field) in raw_fields(raw_bits).enumerate() {
+        for f in 0..plan.n_fields {
+            let field = plan.fields[f];
             let word = _mm256_loadu_si256(raw.add(128 * plan.words[quad][f] + 32 * group).cast());
             let to = (field.shift % 8) as i32;
             let mask = ((1u32 << field.width) - 1) << to;

@@ -502,14 +502,16 @@ impl<const N: usize> Sink for DotFloat<'_, N> {
             let (low, high) = self.floats.bf16_bytes(low, high);
             let x = _mm512_broadcast_f32x4(_mm_loadu_ps(self.x.as_ptr().add(4 * quad)));
             let (x_even, x_odd) = (_mm512_permute_ps::<0b10_00_10_00>(x), _mm512_permute_ps::<0b11_01_11_01>(x));
-            let mut pairs = [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)];
-            for (pairs, sum) in pairs.iter_mut().zip(&mut self.sums[n][half]) {
+            // No iterator, which need not be inlined and then takes registers through memory.
+            for i in 0..2 {
+                let mut pairs = if i == 0 { _mm512_unpacklo_epi8(low, high) } else { _mm512_unpackhi_epi8(low, high) };
                 if self.floats.format == Format::Bf16 {
-                    *pairs = _mm512_add_epi16(*pairs, self.bias);
+                    pairs = _mm512_add_epi16(pairs, self.bias);
                 }
-                let even = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(*pairs));
-                let odd = _mm512_castsi512_ps(_mm512_and_si512(*pairs, _mm512_set1_epi32(0xffff_0000u32 as i32)));
-                *sum = _mm512_fmadd_ps(odd, x_odd, _mm512_fmadd_ps(even, x_even, *sum));
+                let even = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs));
+                let odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000u32 as i32)));
+                let sum = self.sums[n][half][i];
+                self.sums[n][half][i] = _mm512_fmadd_ps(odd, x_odd, _mm512_fmadd_ps(even, x_even, sum));
             }
         }
     }

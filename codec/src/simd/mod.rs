@@ -8,7 +8,7 @@ pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 
-use crate::block::{BLOCK_ROWS, Block, Params, STREAM_ALIGN, raw_fields};
+use crate::block::{BLOCK_ROWS, Block, Params, RawField, STREAM_ALIGN, raw_fields};
 use crate::format::Format;
 
 /// Codes of a block by quads of columns: `[quad][row]` holds the four columns' bytes. `low` has bits 0–7 of the
@@ -38,7 +38,8 @@ pub(crate) struct Plan {
     pub format: Format,
     pub params: Params,
     pub state_mask: u32,
-    /// Fields of the raw bits.
+    /// Fields of the raw bits: the first `n_fields` of these.
+    pub fields: [RawField; 4],
     pub n_fields: usize,
     /// `[quad][field]`: the word of the unit that holds the field.
     pub words: [[usize; 4]; 8],
@@ -54,13 +55,14 @@ impl Plan {
             format,
             params,
             state_mask: u32::MAX << (32 - params.table_bits.clamp(1, 31)),
+            fields: Default::default(),
             n_fields: 0,
             words: Default::default(),
             low: Default::default(),
             high: Default::default(),
         };
         for (f, field) in raw_fields(params.raw_bits).enumerate() {
-            plan.n_fields = f + 1;
+            (plan.fields[f], plan.n_fields) = (field, f + 1);
             for quad in 0..8u32 {
                 plan.words[quad as usize][f] = (field.first_word + quad * field.width / 8) as usize;
                 for bit in 0..field.width {
