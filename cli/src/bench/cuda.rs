@@ -51,29 +51,27 @@ pub fn run(index: usize, args: &Args, forms: Option<&[Form]>) -> Result<ExitCode
         kernels: None,
         models: Vec::new(),
     };
-    eprintln!("{}", report.device);
+    // A table comes line by line, so that what was measured is not lost to whoever stops it.
+    let shows = !args.json;
+    if shows {
+        println!("{}", report.device);
+        if !report.has_cublas {
+            println!("cuBLAS was not found: nothing to compare with, and prompts are slow");
+        }
+        println!("nvCOMP: {}", report.nvcomp);
+    } else {
+        eprintln!("{}", report.device);
+    }
     if wants_kernels || args.model_shape.is_empty() {
-        report.kernels = Some(kernels::measure(&opened, &options)?);
+        report.kernels = Some(kernels::measure(&opened, &options, shows)?);
     }
     // Models have the memory for themselves.
     drop(opened);
     for &shape in shapes {
-        report.models.push(models::measure(index, shape, forms, args.seed, args.rounds, &args.memory)?);
+        report.models.push(models::measure(index, shape, forms, args.seed, args.rounds, &args.memory, shows)?);
     }
     if args.json {
         output::print_json(&report)?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    println!("{}", report.device);
-    if !report.has_cublas {
-        println!("cuBLAS was not found: nothing to compare with, and prompts are slow");
-    }
-    println!("nvCOMP: {}", report.nvcomp);
-    if let Some(kernels) = &report.kernels {
-        kernels::print_table(kernels);
-    }
-    for model in &report.models {
-        models::print_table(model);
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -97,8 +97,8 @@ fn shapes<'a>(options: &Options<'a>) -> &'a [(usize, usize)] {
     if options.shapes.is_empty() { &SHAPES } else { options.shapes }
 }
 
-/// Compares every operation with the host's, and measures it.
-pub fn measure(bench: &Bench, options: &Options<'_>) -> Result<Report> {
+/// Compares every operation with the host's, and measures it. With `shows`, prints each shape's table once it is complete.
+pub fn measure(bench: &Bench, options: &Options<'_>, shows: bool) -> Result<Report> {
     let mut read = vec![Contender::new(bench.read_memory()?, "read", "", String::new(), 0.0)];
     time(&mut read, options)?;
     let mut report = Report {
@@ -110,7 +110,11 @@ pub fn measure(bench: &Bench, options: &Options<'_>) -> Result<Report> {
         problems: Vec::new(),
     };
     drop(read);
+    if shows {
+        println!("memory read: {:.0} GB/s; {} rounds", report.read_bytes_per_s / 1e9, report.rounds);
+    }
     for &(n_rows, n_cols) in shapes(options) {
+        let n_before = report.results.len();
         // All contenders of a shape take turns.
         let mut contenders = contenders(bench, options, n_rows, n_cols, &mut report.problems)?;
         eprintln!("{n_rows}x{n_cols}: measuring {} operations", contenders.len());
@@ -140,6 +144,9 @@ pub fn measure(bench: &Bench, options: &Options<'_>) -> Result<Report> {
                 ratio_cublas: cublas(c.tokens).map(|cublas| cublas / elapsed_s),
                 is_graph: c.operation.is_graph(),
             });
+        }
+        if shows {
+            print_table(&report.results[n_before..]);
         }
     }
     Ok(report)
@@ -203,7 +210,7 @@ fn contenders<'b>(
                     // The others are measured without it.
                     Err(e) => {
                         let problem = format!("{n_rows}x{n_cols} {form}, {name}: {e}");
-                        eprintln!("{problem}");
+                        eprintln!("not measured: {problem}");
                         problems.push(problem);
                     }
                 }
@@ -298,16 +305,10 @@ fn at_bits(source: &Tensor, bits: f64, encode: EncodeOptions) -> Result<EncodeOp
     Ok(best.1)
 }
 
-/// Prints the report as a table.
-pub fn print_table(report: &Report) {
-    println!("memory read: {:.0} GB/s; {} rounds", report.read_bytes_per_s / 1e9, report.rounds);
-    for problem in &report.problems {
-        println!("not measured: {problem}");
-    }
-    let mut shape = (0, 0);
-    for m in &report.results {
-        if shape != (m.n_rows, m.n_cols) {
-            shape = (m.n_rows, m.n_cols);
+/// Prints what was measured at one shape.
+fn print_table(results: &[Measurement]) {
+    for (i, m) in results.iter().enumerate() {
+        if i == 0 {
             println!(
                 "\n{:<24} {:<13} {:<16} {:>6} {:>11} {:>9} {:>7} {:>11} {:>8} {:>9}",
                 format!("{} x {}", m.n_rows, m.n_cols),

@@ -44,7 +44,7 @@ struct Measurement {
     ratio_prompt: f64,
 }
 
-/// Runs the model of this shape in BF16 and in each format.
+/// Runs the model of this shape in BF16 and in each format. With `shows`, prints each one's line once it is measured.
 pub fn measure(
     index: usize,
     shape: ModelShape,
@@ -52,11 +52,15 @@ pub fn measure(
     seed: u64,
     rounds: usize,
     memory: &MemoryArgs,
+    shows: bool,
 ) -> Result<Report> {
     let device = Device::open(index)?;
     eprintln!("{}: drawing the weights", shape.name());
     let drawn = DrawnModel::new(shape, seed)?;
     let mut results: Vec<Measurement> = Vec::new();
+    if shows {
+        print_head(shape.name(), rounds);
+    }
     for form in std::iter::once(None).chain(forms.iter().copied().map(Some)) {
         let label = form.map_or("bf16 plain".to_string(), |f| format!("encoded {f}"));
         eprintln!("{label}");
@@ -87,6 +91,9 @@ pub fn measure(
             .map_or((result.generate_tok_per_s, result.prompt_s), |bf16| (bf16.generate_tok_per_s, bf16.prompt_s));
         result.ratio_generate = result.generate_tok_per_s / peer.0;
         result.ratio_prompt = result.prompt_s / peer.1;
+        if shows {
+            print_line(&result);
+        }
         results.push(result);
     }
     Ok(Report { model_shape: shape.name(), rounds, results })
@@ -135,28 +142,28 @@ fn median(values: &mut [f64]) -> f64 {
     values[values.len() / 2]
 }
 
-/// Prints the report as a table.
-pub fn print_table(report: &Report) {
-    println!("\n{}, {} rounds", report.model_shape, report.rounds);
+fn print_head(shape: &str, rounds: usize) {
+    println!("\n{shape}, {rounds} rounds");
     println!(
         "{:<20} {:>11} {:>10} {:>9} {:>9} {:>8} {:>7} {:>11} {:>7}",
         "", "bits/weight", "weights", "in use", "tokens/s", "GB/s", "ratio", "2048 prompt", "ratio"
     );
-    for m in &report.results {
-        println!(
-            "{:<20} {:>11.3} {:>7.3} GB {:>6.2} GB {:>9.1} {:>8.0} {:>7.3} {:>8.2} ms {:>7.3}",
-            m.name,
-            m.bits_per_weight,
-            m.weight_bytes as f64 / 1e9,
-            m.used_bytes as f64 / 1e9,
-            m.generate_tok_per_s,
-            m.generate_bytes_per_s / 1e9,
-            m.ratio_generate,
-            1e3 * m.prompt_s,
-            m.ratio_prompt
-        );
-        if let Some(memory) = &m.memory {
-            println!("  {}", describe_memory(memory));
-        }
+}
+
+fn print_line(m: &Measurement) {
+    println!(
+        "{:<20} {:>11.3} {:>7.3} GB {:>6.2} GB {:>9.1} {:>8.0} {:>7.3} {:>8.2} ms {:>7.3}",
+        m.name,
+        m.bits_per_weight,
+        m.weight_bytes as f64 / 1e9,
+        m.used_bytes as f64 / 1e9,
+        m.generate_tok_per_s,
+        m.generate_bytes_per_s / 1e9,
+        m.ratio_generate,
+        1e3 * m.prompt_s,
+        m.ratio_prompt
+    );
+    if let Some(memory) = &m.memory {
+        println!("  {}", describe_memory(memory));
     }
 }
