@@ -300,21 +300,28 @@ struct Input {
     }
 };
 
+// Things shared out as evenly as can be, in order: `each` to everyone, and one more to the first `more`.
+struct Even {
+    u32 each, more;
+
+    // The first one's of `who`.
+    __device__ __forceinline__ u32 begin(u32 who) const { return each * who + min(who, more); }
+    // Who has a thing.
+    __device__ __forceinline__ u32 owner(u32 thing) const {
+        const u32 wide = more * (each + 1);
+        return thing < wide ? thing / (each + 1) : more + (thing - wide) / each;
+    }
+};
+
 // The blocks of a task that a thread block has, all of some row blocks, shared out to its warps.
 struct Part {
     u32 first_row, n_rows;  // row blocks
-    u32 each, more;         // blocks of a warp, of which the first have one more
+    Even warps;
 
     __device__ __forceinline__ Part(const Task& task) {
         const u32 c = blockIdx.x - task.first_cta, wide = c < task.more_rows;
         first_row = task.rows * c + min(c, task.more_rows), n_rows = task.rows + wide;
-        each = task.blocks[wide], more = task.more_blocks[wide];
-    }
-    // The first block of a warp.
-    __device__ __forceinline__ u32 begin(u32 warp) const { return each * warp + min(warp, more); }
-    __device__ __forceinline__ u32 warp_of(u32 block) const {
-        const u32 wide = more * (each + 1);
-        return block < wide ? block / (each + 1) : more + (block - wide) / each;
+        warps = {task.blocks[wide], task.more_blocks[wide]};
     }
 };
 
@@ -460,7 +467,7 @@ template <int FORMAT, u32 GROUPS = 1>
 struct DotSink {
     static constexpr u32 ROWS = 32 / GROUPS;
     static constexpr int TILE_BYTES = FORMAT == INT8 ? EARLY_BYTES : 256;
-    static constexpr bool MASKS = FORMAT != INT8, EARLY = FORMAT == INT8;
+    static constexpr bool MASKS = FORMAT != INT8;
     const Matrix& m;
     // Shared, the columns four by four. int8: high 4, low 4; fp8: f32; bf16: high 4, low 4. Behind them, what a sum is worth (double), and zeros.
     const u8* x;
@@ -474,7 +481,7 @@ struct DotSink {
     uint4 pair;           // int8: of two quads
     Quad even;
 
-    __device__ __forceinline__ DotSink(const Launch&, const Task& task, u32 scratch, u32 slot, u32 lane)
+    __device__ __forceinline__ DotSink(const Task& task, u32 scratch, u32 slot, u32 lane)
         : m(task.matrix), scratch(scratch), lane(lane), slot(slot) {}
     // What comes from device memory and depends on no other kernel.
     __device__ __forceinline__ void look_ahead(const Launch& launch) {
@@ -760,7 +767,7 @@ struct Multiplier {
         u32 begin = 0, n = 0, unit = 0;
         {
             const u32 decoder = first + stride * lane, row_begin = r * m.n_col_blocks;
-            const u32 share_begin = part.begin(decoder), from = max(share_begin, row_begin), to = min(part.begin(decoder + 1), row_begin + m.n_col_blocks);
+            const u32 share_begin = part.warps.begin(decoder), from = max(share_begin, row_begin), to = min(part.warps.begin(decoder + 1), row_begin + m.n_col_blocks);
             if (from < to) {
                 const u32 first_unit = units_of(m, 0, from - row_begin);
                 if (share_begin < row_begin) {
@@ -976,21 +983,9 @@ struct Share {
 
     __device__ __forceinline__ Share(const Task& task, u32 warp) {
         const Part part(task);
-        const u32 first = part.begin(warp), r = task.matrix.rows_in(first);
+        const u32 first = part.warps.begin(warp), r = task.matrix.rows_in(first);
         i = part.first_row + r, j = first - r * task.matrix.n_col_blocks, slot = warp + r;
-        n_blocks = part.each + (warp < part.more);
-    }
-};
-
-// How a thread block's row blocks are shared out to its multipliers, each of which has one row block, or a part of one.
-struct Team {
-    u32 each, more;  // multipliers of a row block, of which the first have one more
-
-    __device__ __forceinline__ Team(u32 n_multipliers, u32 n_rows) : each(n_multipliers / n_rows), more(n_multipliers % n_rows) {}
-    __device__ __forceinline__ u32 begin(u32 r) const { return each * r + min(r, more); }
-    __device__ __forceinline__ u32 row_of(u32 multiplier) const {
-        const u32 wide = more * (each + 1);
-        return multiplier < wide ? multiplier / (each + 1) : more + (multiplier - wide) / each;
+        n_blocks = part.warps.each + (warp < part.warps.more);
     }
 };
 
@@ -1056,8 +1051,9 @@ __device__ __forceinline__ void put_out(const Launch& launch, const Task& task, 
 // Products with one token: a thread block has whole row blocks, of which its warps take shares that are as even as can be, and adds up what they leave. `with`
 // is with_codec or its like; PLAIN: the matrices are not encoded, and `with` is nothing. Shared memory: the table (two with `gated`, where half of the warps
 // are each product's), the warps' rings and tiles, slots of sums, and what the sink keeps.
-template <int FORMAT, class Sink, bool PLAIN = false, class With>
+template <int FORMAT, bool PLAIN = false, class With>
 __device__ __forceinline__ void multiply(const Launch& launch, With with) {
+    using Sink = DotSink<FORMAT, PLAIN ? 4 : 1>;
     constexpr u32 ROWS = Sink::ROWS, WINDOW = PLAIN ? PlainReader::BYTES : RING_BYTES + Sink::TILE_BYTES;
     const u32 lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), n_warps = blockDim.x / 32;
     const u32 team_warps = launch.gated ? n_warps / 2 : n_warps, team = warp / team_warps, n_teams = launch.gated ? 2 : 1;
@@ -1088,13 +1084,13 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     if (team_warp == 0) {
         const Part part(task);
         cuts[team].work_out(part, lane, [&](u32 r, u16 (&slots)[2]) INLINE {
-            slots[0] = part.warp_of(r * m.n_col_blocks) + r, slots[1] = part.warp_of((r + 1) * m.n_col_blocks - 1) + r;
+            slots[0] = part.warps.owner(r * m.n_col_blocks) + r, slots[1] = part.warps.owner((r + 1) * m.n_col_blocks - 1) + r;
         });
     }
-    Sink sink(launch, task, ring + RING_BYTES, shared + slots_at + team * slots_bytes + share.slot * slot_bytes, lane);
+    Sink sink(task, ring + RING_BYTES, shared + slots_at + team * slots_bytes + share.slot * slot_bytes, lane);
     sink.look_ahead(launch);
     // While the kernel before this one is at work.
-    const bool early = Sink::EARLY && launch.early;
+    const bool early = FORMAT == INT8 && launch.early;
     if constexpr (!PLAIN) {
         if (early) {
             if (n_blocks) reader.open(m, stream, ring, lane);
@@ -1178,16 +1174,17 @@ __device__ __forceinline__ void multiply_many(const Launch& launch, With with) {
         __syncthreads();
     } else {
         const Part part(task);
-        const Team of(n_multipliers, part.n_rows);
-        if (place == 0) cuts[team].work_out(part, lane, [&](u32 r, u16 (&slots)[2]) INLINE { slots[0] = of.begin(r), slots[1] = of.begin(r + 1) - 1; });
-        const u32 r = of.row_of(place), first = of.begin(r), stride = of.begin(r + 1) - first;
+        // Row blocks have multipliers.
+        const Even rows{n_multipliers / part.n_rows, n_multipliers % part.n_rows};
+        if (place == 0) cuts[team].work_out(part, lane, [&](u32 r, u16 (&slots)[2]) INLINE { slots[0] = rows.begin(r), slots[1] = rows.begin(r + 1) - 1; });
+        const u32 r = rows.owner(place), first = rows.begin(r), stride = rows.begin(r + 1) - first;
         if (lane == 0) Tiles::create(begun + 8 * place);
         Multiplier<FORMAT, EIGHTS> multiplier;
         __syncthreads();
         wait_for_previous();
         start_next();
         const Tiles tiles{windows + team * team_decoders * WINDOW + RING_BYTES, barriers + team * team_decoders * BARRIERS};
-        const u32 first_decoder = part.warp_of(r * m.n_col_blocks) + place - first;
+        const u32 first_decoder = part.warps.owner(r * m.n_col_blocks) + place - first;
         multiplier.template run<WINDOW>(m, part, r, first_decoder, stride, tiles, begun + 8 * r, launch.x, xs + (warp - n_decoders) * multiplier.BYTES);
         __syncthreads();
         multiplier.put(windows + team * slots_bytes + place * slot_bytes, launch.n_tokens);
@@ -1252,7 +1249,7 @@ __device__ __forceinline__ void with_any(u32, F f) { f(Codec<FORMAT, ANY, ANY>()
     KERNEL(1024, decode_codes_##name, WITH, decode_shares<FORMAT, DenseSink<FORMAT, false>>)   \
     KERNEL(1024, decode_values_##name, WITH, decode_shares<FORMAT, DenseSink<FORMAT, true>>)   \
     KERNEL(32, gather_rows_##name, WITH, gather<FORMAT>)                                       \
-    KERNEL(1024, product_1_##name, WITH, multiply<FORMAT, DotSink<FORMAT>>)                    \
+    KERNEL(1024, product_1_##name, WITH, multiply<FORMAT>)                                     \
     KERNEL(1024, product_8_##name, WITH, multiply_many<FORMAT, 1>)                             \
     KERNEL(1024, product_16_##name, WITH, multiply_many<FORMAT, 2>)
 
@@ -1266,7 +1263,7 @@ KERNELS(BF16, bf16_any, with_any<BF16>)
 
 // One token's products of matrices that are not encoded. It just has the registers that it needs: one spilled to memory costs a tenth of a model's speed.
 extern "C" __global__ void __launch_bounds__(512, 2) product_plain(const __grid_constant__ Launch l) {
-    multiply<BF16, DotSink<BF16, 4>, true>(l, nullptr);
+    multiply<BF16, true>(l, nullptr);
 }
 
 // ---------------------------------------------------------------- activations

@@ -93,6 +93,13 @@ struct Description {
     trellis: u8,
 }
 
+impl Description {
+    /// Blocks of so many rows.
+    fn n_blocks(&self, block_rows: u32) -> u64 {
+        u64::from(self.n_rows.div_ceil(block_rows)) * u64::from(self.n_col_blocks)
+    }
+}
+
 /// `Task` in encoded.cu.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -521,7 +528,7 @@ impl DeviceMatrix {
     }
 
     fn n_blocks(&self) -> u64 {
-        u64::from(self.n_row_blocks()) * u64::from(self.description.n_col_blocks)
+        self.description.n_blocks(self.block_rows())
     }
 
     fn table_bytes(&self) -> u32 {
@@ -542,12 +549,12 @@ impl EncodedKernels {
     /// The outputs have the room that the kernel takes.
     unsafe fn launch_decode(&self, device: &Device, kernel: &CudaFunction, mut launch: Launch) -> Result<()> {
         let tasks = &mut launch.tasks[..launch.n_tasks.into()];
-        let n_blocks = |t: &Task| t.matrix.n_rows.div_ceil(BLOCK_ROWS as u32) as usize * t.matrix.n_col_blocks as usize;
-        let total: usize = tasks.iter().map(n_blocks).sum();
+        let n_blocks = |t: &Task| t.matrix.n_blocks(BLOCK_ROWS as u32);
+        let total: u64 = tasks.iter().map(n_blocks).sum();
         let mut first_cta = 0;
         for task in tasks.iter_mut() {
-            let share = (n_blocks(task) * self.n_multiprocessors as usize / total).max(1);
-            (task.first_cta, task.n_ctas) = (first_cta, share.min(n_blocks(task)) as u32);
+            let share = self.share(n_blocks(task), total).max(1);
+            (task.first_cta, task.n_ctas) = (first_cta, u64::from(share).min(n_blocks(task)) as u32);
             first_cta += task.n_ctas;
         }
         launch.table_bytes = tasks.iter().map(|t| 8 << t.matrix.table_bits).max().unwrap_or(0);
@@ -815,7 +822,7 @@ impl EncodedKernels {
         let mut cut = Cut::default();
         for (n_ctas, m) in cut.n_ctas.iter_mut().zip(matrices()) {
             let n_rows = m.n_row_blocks();
-            let share = self.share(m, total, gated);
+            let share = if gated { n } else { self.share(m.n_blocks(), total) };
             *n_ctas = if small { n_rows } else { share.clamp(n_rows.div_ceil(THREAD_BLOCK_ROWS), n_rows) };
         }
         let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| m.n_row_blocks().div_ceil(n));
@@ -858,17 +865,17 @@ impl EncodedKernels {
         cut.n_warps = n_decoders + n_multipliers;
         for (n_ctas, m) in cut.n_ctas.iter_mut().zip(matrices()).filter(|_| n_multipliers > 0) {
             // A multiplier for each row block, in as many rounds as that takes.
-            let (n_rows, share) = (m.n_row_blocks(), self.share(m, total, gated).max(1));
+            let share = if gated { self.n_multiprocessors } else { self.share(m.n_blocks(), total).max(1) };
+            let n_rows = m.n_row_blocks();
             let n_rounds = n_rows.div_ceil(n_multipliers / n_teams).div_ceil(share);
             *n_ctas = if small { n_rows } else { (share * n_rounds).min(n_rows) };
         }
         Ok(cut)
     }
 
-    /// How many of the multiprocessors a matrix has, of a launch with so many blocks.
-    fn share(&self, matrix: &DeviceMatrix, total: u64, gated: bool) -> u32 {
-        let n = self.n_multiprocessors;
-        if gated { n } else { (u64::from(n) * matrix.n_blocks() / total) as u32 }
+    /// How many of the multiprocessors a matrix has with so many of a launch's blocks.
+    fn share(&self, n_blocks: u64, total: u64) -> u32 {
+        (n_blocks * u64::from(self.n_multiprocessors) / total) as u32
     }
 }
 

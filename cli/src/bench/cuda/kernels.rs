@@ -114,7 +114,7 @@ pub fn measure(bench: &Bench, options: &Options<'_>, shows: bool) -> Result<Repo
         println!("memory read: {:.0} GB/s; {} rounds", report.read_bytes_per_s / 1e9, report.rounds);
     }
     for &(n_rows, n_cols) in shapes(options) {
-        let n_before = report.results.len();
+        let (n_results, n_problems) = (report.results.len(), report.problems.len());
         // All contenders of a shape take turns.
         let mut contenders = contenders(bench, options, n_rows, n_cols, &mut report.problems)?;
         eprintln!("{n_rows}x{n_cols}: measuring {} operations", contenders.len());
@@ -146,7 +146,10 @@ pub fn measure(bench: &Bench, options: &Options<'_>, shows: bool) -> Result<Repo
             });
         }
         if shows {
-            print_table(&report.results[n_before..]);
+            print_table(&report.results[n_results..]);
+            for problem in &report.problems[n_problems..] {
+                println!("not measured: {problem}");
+            }
         }
     }
     Ok(report)
@@ -210,7 +213,7 @@ fn contenders<'b>(
                     // The others are measured without it.
                     Err(e) => {
                         let problem = format!("{n_rows}x{n_cols} {form}, {name}: {e}");
-                        eprintln!("not measured: {problem}");
+                        eprintln!("{problem}");
                         problems.push(problem);
                     }
                 }
