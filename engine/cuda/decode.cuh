@@ -232,9 +232,10 @@ struct Stream {
 
 // A warp's window on the streams of consecutive blocks: four chunks of 512 bytes, and the first again behind the last, so that reads that begin
 // within the ring need not wrap.
-constexpr u32 PREFETCH = 4;  // units of raw bits; with eight, a launch that writes much drives them from the L2 cache before their turn
 constexpr u32 EARLY_UNITS = 16, EARLY_BYTES = EARLY_UNITS * 128;  // see decode_parts
 constexpr u32 CHUNK = 512, RING = 2048, RING_BYTES = RING + CHUNK;
+// Chunks that a warp asks for where it begins. All do so at once, and what they ask for comes after what others asked for before: so as little as will do.
+constexpr u32 FIRST_CHUNKS = 2;
 // What the last step of a block may read of the next one's words: one a lane.
 constexpr u32 OVERRUN = 64;
 
@@ -258,7 +259,7 @@ struct Reader {
         source += CHUNK, fetched += CHUNK, limit += CHUNK;
     }
 
-    // Asks for the first bytes of a stream, in four groups of copies.
+    // Asks for the first bytes of a stream. Four groups of copies, some of which are empty.
     __device__ __forceinline__ void open(const Matrix& m, Stream stream, u32 ring_, u32 lane_) {
         const u32 lane = again(lane_);
         bytes = (stream.end - stream.begin) * 16;
@@ -266,7 +267,10 @@ struct Reader {
         fetched = lane * 16;
         ring = limit = again(ring_);
 #pragma unroll 1
-        for (int i = 0; i < 4; i++) fetch(lane), commit_copies();
+        for (int i = 0; i < 4; i++) {
+            if (i < FIRST_CHUNKS) fetch(lane);
+            commit_copies();
+        }
         next = ring;
     }
 
@@ -335,9 +339,9 @@ struct Reader {
     }
 };
 
-// Brings a block's first raw bits as near as the L2 cache.
-__device__ __forceinline__ void prefetch_raw(const Matrix& m, u32 i, u32 j, u32 lane) {
-    const u32 units = m.block_cols / 32, first = j * units, lines = min(min(units, EARLY_UNITS), m.n_units - first) * m.raw_bits;
+// Brings a block's first raw bits as near as the L2 cache: those of two units, or, if that is more, `most` words a lane.
+__device__ __forceinline__ void prefetch_raw(const Matrix& m, u32 i, u32 j, u32 lane, u32 most) {
+    const u32 units = m.block_cols / 32, first = j * units, lines = min(min(units, m.n_units - first) * m.raw_bits, max(most, 2u * m.raw_bits));
     const u32* raw = m.raw + (u64)(i * m.n_units + first) * m.raw_bits * 32;
     for (u32 l = lane; l < lines; l += 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(raw + l * 32));
 }
@@ -380,12 +384,14 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
         auto values = [&](Quad codes) INLINE { return C::TRELLIS ? grids.values(codes) : codes; };
         if constexpr (C::FIXED) {
             constexpr int STEPS = 32 / C::G;
+            // Units of raw bits on their way to the L2 cache. Those that are loaded, one ahead, cover device memory's latency where a unit has eight steps, but not
+            // the waits behind what a launch writes. With eight of them, it would drive them from the cache before their turn.
+            constexpr u32 PREFETCH = Sink::WRITES ? 4 : C::G == 8 ? 2 : 0;
             auto unit = [&](u32 u, auto whole) {
 #pragma unroll
                 for (int b = 0; b < C::K; b++) raw[b] = ahead[b];
                 raw_next += 32 * C::K;
-                // The loads ahead do not cover device memory's latency.
-                if (lane < C::K && u + PREFETCH < rest) {
+                if (PREFETCH && lane < C::K && u + PREFETCH < rest) {
                     asm volatile("prefetch.global.L2 [%0];" ::"l"(raw_next + (PREFETCH - 1) * 32 * C::K + 31 * lane));
                 }
                 // Always, if only the same again, so that nothing chooses between what is loaded and what is not, and waits for it. Where two units are
@@ -410,7 +416,7 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
             };
             // What takes codes as they are can take those behind the last column, too: the activations there are zeros.
             const u32 stop = Sink::MASKS ? n_whole : units;
-#pragma unroll (C::G == 8 ? 2 : 1)
+#pragma unroll (C::G == 8 && Sink::WRITES < 2 ? 2 : 1)
             for (u32 u = 0; u < stop; u++) unit(u, std::true_type());
             if (Sink::MASKS && stop < units) unit(stop, std::false_type());
         } else {

@@ -36,6 +36,7 @@ struct Launch {
     u8 early;             // no warp has more than one block, whose codes are decoded before the activations are known
     u8 bf16;              // the activations of one token, biases and products are bf16, not f32
     u8 n_decoders;        // more than one token: the warps that decode
+    u8 raw_words;         // see prefetch_raw
     Task tasks[MAX_TASKS];
 };
 
@@ -332,6 +333,7 @@ template <int FORMAT, bool VALUES>
 struct DenseSink {
     static constexpr int ELEMENT = VALUES || FORMAT == BF16 ? 2 : 1, UNIT = 32 * ELEMENT, PER_TILE = 128 / UNIT, TILE_BYTES = 4096;
     static constexpr bool MASKS = false;
+    static constexpr int WRITES = ELEMENT;  // bytes, for each weight
     const Matrix& m;
     u8* out;
     Tile<128> tile;
@@ -409,6 +411,7 @@ template <int FORMAT>
 struct GatherSink {
     static constexpr int TILE_BYTES = 0;
     static constexpr bool MASKS = false;
+    static constexpr int WRITES = 0;
     const Matrix& m;
     float* out;  // [n_cols]
     Patches patches;
@@ -468,6 +471,7 @@ struct DotSink {
     static constexpr u32 ROWS = 32 / GROUPS;
     static constexpr int TILE_BYTES = FORMAT == INT8 ? EARLY_BYTES : 256;
     static constexpr bool MASKS = FORMAT != INT8;
+    static constexpr int WRITES = 0;
     const Matrix& m;
     // Shared, the columns four by four. int8: high 4, low 4; fp8: f32; bf16: high 4, low 4. Behind them, what a sum is worth (double), and zeros.
     const u8* x;
@@ -658,9 +662,18 @@ struct DotSink {
 // has STAGES of them, one after the other in a ring, with two barriers each: that it is full, and that it is free.
 struct Tiles {
     static constexpr u32 STAGES = 2, TILE = 2048, BYTES = STAGES * TILE, BARRIER_BYTES = 64;
+    // Arrivals that end a phase: one lane arrives for its warp, and releases what the others did before __syncwarp. compute-sanitizer's racecheck does not
+    // follow that, and gets every lane's.
+#ifdef RACECHECK
+    static constexpr u32 ARRIVALS = 32;
+#else
+    static constexpr u32 ARRIVALS = 1;
+#endif
     u32 base, barriers;
 
-    static __device__ __forceinline__ void create(u32 barrier) { asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory"); }
+    static __device__ __forceinline__ void create(u32 barrier) {
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "n"(ARRIVALS) : "memory");
+    }
     // By one thread.
     __device__ __forceinline__ void create() const {
         for (u32 s = 0; s < 2 * STAGES; s++) create(barriers + 8 * s);
@@ -685,7 +698,7 @@ struct Tiles {
     // By all lanes, what they did before is done.
     static __device__ __forceinline__ void arrive(u32 barrier) {
         __syncwarp();
-        if (threadIdx.x % 32 == 0) asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
+        if (threadIdx.x % 32 < ARRIVALS) asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
     }
 };
 
@@ -693,6 +706,7 @@ template <int FORMAT>
 struct TileSink {
     static constexpr int ELEMENT = FORMAT == INT8 ? 1 : 2;
     static constexpr bool MASKS = FORMAT != INT8;
+    static constexpr int WRITES = 0;
     const Matrix& m;
     Tiles tiles;
     Patches patches;
@@ -964,8 +978,8 @@ __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
     const u32 i = first / m.n_col_blocks, j = first - i * m.n_col_blocks;
     Reader reader;
     if (first < end) {
-        prefetch_raw(m, i, j, lane);
         reader.open(m, stream, ring, lane);
+        prefetch_raw(m, i, j, lane, launch.raw_words);
     }
     wait_for_previous();
     start_next();
@@ -1077,7 +1091,8 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
         stream = Stream(m, block, block + n_blocks);
         copy_table(m, table, threadIdx.x - team * team_warps * 32, team_warps * 32);
         if (n_blocks) {
-            prefetch_raw(m, i, j, lane);
+            reader.open(m, stream, ring, lane);
+            prefetch_raw(m, i, j, lane, launch.raw_words);
             if (lane == 0) prefetch_scales(m, i);  // needed at the end
         }
     }
@@ -1093,7 +1108,6 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     const bool early = FORMAT == INT8 && launch.early;
     if constexpr (!PLAIN) {
         if (early) {
-            if (n_blocks) reader.open(m, stream, ring, lane);
             wait_for_table(n_blocks);
             __syncthreads();
             if (n_blocks) decode_parts(m, reader, table, lane, units_of(m, j, n_blocks), ring + RING_BYTES);
@@ -1103,10 +1117,6 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     // Not before: of three kernels on the way at once, some multiprocessors would get several thread blocks, others none.
     start_next();
     Input input(launch.x, launch.norm, launch.bf16, m.n_cols);
-    // Not before: it waits for the offsets, and the activations would come after them.
-    if constexpr (!PLAIN) {
-        if (!early && n_blocks) reader.open(m, stream, ring, lane);
-    }
     sink.prepare(launch, input, shared_memory + slots_at + n_teams * slots_bytes);
     if constexpr (!PLAIN) {
         if (!early) wait_for_table(n_blocks);
@@ -1158,9 +1168,9 @@ __device__ __forceinline__ void multiply_many(const Launch& launch, With with) {
         copy_table(m, table, place * 32 + lane, team_decoders * 32);
         Reader reader;
         if (n_blocks) {
-            prefetch_raw(m, i, j, lane);
             if (lane == 0) prefetch_scales(m, i), tiles.create();
             reader.open(m, stream, ring, lane);
+            prefetch_raw(m, i, j, lane, launch.raw_words);
         }
         wait_for_table(n_blocks);
         __syncthreads();

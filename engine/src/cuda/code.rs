@@ -7,6 +7,8 @@ use std::ffi::{CStr, CString, c_char, c_int};
 
 /// Set to 1, it has NVRTC compile the kernels even where the fatbins would do.
 pub(super) const VARIABLE: &str = "CODECLLM_NVRTC";
+/// More options for NVRTC, separated by spaces.
+const OPTIONS_VARIABLE: &str = "CODECLLM_NVRTC_OPTIONS";
 const INSTALL: &str =
     "pip install 'nvidia-cuda-nvrtc>=13,<14', or the CUDA toolkit, with its folder in LD_LIBRARY_PATH";
 /// What `scripts/build-kernels.sh` compiles for.
@@ -80,6 +82,7 @@ pub(super) fn compile(file: &KernelFile, capability: (i32, i32)) -> Result<Compi
         // On all cores: there are many kernels.
         options.push("--split-compile=0".into());
     }
+    options.extend(std::env::var(OPTIONS_VARIABLE).unwrap_or_default().split_whitespace().map(String::from));
     let program = Program::new(file)?;
     program.compile(&options).map_err(|e| Error::device(format!("NVRTC {major}.{minor}: {e}")))?;
     match is_binary {

@@ -41,6 +41,8 @@ const PLAIN_BYTES: u32 = 4 * 2048;
 pub(super) const PLAIN_ALIGN: usize = 8;
 /// What the kernels declare of shared memory themselves.
 const DECLARED_BYTES: u32 = 2048;
+/// What CUDA keeps of a thread block's shared memory for itself.
+const RESERVED_BYTES: u32 = 1024;
 /// Row blocks of a thread block that multiplies by one token, at most (`MAX_ROWS` in encoded.cu).
 const THREAD_BLOCK_ROWS: u32 = 128;
 /// Warps of a thread block that multiplies by several tokens: those that decode, at most, and those that multiply, each of which has one row block.
@@ -133,6 +135,7 @@ struct Launch {
     early: u8,
     bf16: u8,
     n_decoders: u8,
+    raw_words: u8,
     tasks: [Task; MAX_TASKS],
 }
 
@@ -559,6 +562,7 @@ impl EncodedKernels {
         }
         launch.table_bytes = tasks.iter().map(|t| 8 << t.matrix.table_bits).max().unwrap_or(0);
         let (n_warps, shared_bytes) = self.fit(launch.table_bytes, DENSE_NEEDS, DENSE_NEEDS.warps, 0)?;
+        launch.raw_words = raw_words(u64::from(first_cta * n_warps).min(total));
         let grid = Grid { blocks: (first_cta, 1, 1), threads: 32 * n_warps, shared_bytes };
         // SAFETY: the structures are the kernels', the pointers those of validated tensors, the outputs the caller's
         // promise.
@@ -788,6 +792,8 @@ impl EncodedKernels {
             first_cta += if gated { 0 } else { n_ctas };
         }
         let blocks = if gated { cut.n_ctas[0] } else { first_cta };
+        let n_blocks: u64 = jobs.iter().map(|job| job.0.n_blocks()).sum();
+        launch.raw_words = raw_words(u64::from(blocks * cut.n_decoders).min(n_blocks));
         let grid = Grid { blocks: (blocks, 1, 1), threads: 32 * cut.n_warps, shared_bytes: cut.shared_bytes };
         // SAFETY: the structures are the kernels', the pointers those of validated tensors, the buffers the caller's promise.
         unsafe { device.launch(kernel, grid, &launch) }
@@ -845,17 +851,28 @@ impl EncodedKernels {
         let matrices = || jobs.iter().map(|job| job.0);
         let n_teams = if gated { 2 } else { 1 };
         let total: u64 = matrices().map(DeviceMatrix::n_blocks).sum();
-        let small = total as f64 <= SMALL * f64::from(DECODERS * self.n_multiprocessors);
+        let mut small = total as f64 <= SMALL * f64::from(DECODERS * self.n_multiprocessors);
         let widest = matrices().map(|m| m.description.n_col_blocks).max().unwrap_or(1);
-        let wanted = if small { (n_teams * widest).min(DECODERS) } else { DECODERS };
         let table_bytes = matrices().map(DeviceMatrix::table_bytes).max().unwrap_or(0);
         let each = RING_BYTES + TILES_BYTES + BARRIER_BYTES;
         let x_bytes = X_BYTES * n_tokens.div_ceil(8);
         let multipliers = |decoders: u32| decoders.min(MULTIPLIERS);
         let fixed = n_teams * table_bytes + ROWS_BYTES;
         let bytes = |decoders: u32| fixed + decoders * each + multipliers(decoders) * x_bytes;
-        let fits = |decoders: &u32| bytes(*decoders) <= self.shared_limit;
-        let n_decoders = (1..=wanted / n_teams).rev().map(|n| n * n_teams).find(fits).unwrap_or(0);
+        let fitting = |wanted: u32| {
+            let teams = (1..=wanted.min(DECODERS) / n_teams).rev().map(|n| n * n_teams);
+            teams.into_iter().find(|&decoders| bytes(decoders) <= self.shared_limit).unwrap_or(0)
+        };
+        let mut n_decoders = fitting(if small { n_teams * widest } else { DECODERS });
+        // More row blocks than multiprocessors, of which none has room for two thread blocks: all at once all the same.
+        let n_rows = matrices().map(DeviceMatrix::n_row_blocks).sum::<u32>() / n_teams;
+        let own = DECLARED_BYTES + RESERVED_BYTES;
+        let pairs = 2 * (bytes(n_decoders) + own) <= self.shared_limit + own
+            && 2 * (n_decoders + multipliers(n_decoders)) <= DECODERS + MULTIPLIERS;
+        if small && n_rows > self.n_multiprocessors && !pairs {
+            small = false;
+            n_decoders = fitting(n_teams * widest * n_rows.div_ceil(self.n_multiprocessors));
+        }
         if n_decoders == 0 && !gated {
             let needs = Needs { warp_bytes: each, block_bytes: x_bytes, warps: 1 };
             self.fit(fixed, needs, 1, 0)?;
@@ -877,6 +894,12 @@ impl EncodedKernels {
     fn share(&self, n_blocks: u64, total: u64) -> u32 {
         (n_blocks * u64::from(self.n_multiprocessors) / total) as u32
     }
+}
+
+/// Raw bits that each of so many warps asks for at its start, in words a lane (`prefetch_raw` in decode.cuh): what the memory delivers while they start.
+fn raw_words(n_warps: u64) -> u8 {
+    const START_BYTES: u64 = 3 << 20;
+    (START_BYTES / 128 / n_warps.max(1)).min(u8::MAX.into()) as u8
 }
 
 /// `Matrix::per_row` in decode.cuh: with one block a row block 2^32, which has no room, stands as 0.
