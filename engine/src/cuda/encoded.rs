@@ -859,10 +859,10 @@ impl EncodedKernels {
         let multipliers = |decoders: u32| decoders.min(MULTIPLIERS);
         let fixed = n_teams * table_bytes + ROWS_BYTES;
         let bytes = |decoders: u32| fixed + decoders * each + multipliers(decoders) * x_bytes;
-        let fitting = |wanted: u32| {
-            let teams = (1..=wanted.min(DECODERS) / n_teams).rev().map(|n| n * n_teams);
-            teams.into_iter().find(|&decoders| bytes(decoders) <= self.shared_limit).unwrap_or(0)
-        };
+        let fits = |decoders: &u32| bytes(*decoders) <= self.shared_limit;
+        // Up to so many decoders, as many of each team.
+        let fitting =
+            |wanted: u32| (1..=wanted.min(DECODERS) / n_teams).rev().map(|n| n * n_teams).find(fits).unwrap_or(0);
         let mut n_decoders = fitting(if small { n_teams * widest } else { DECODERS });
         // More row blocks than multiprocessors, of which none has room for two thread blocks: all at once all the same.
         let n_rows = matrices().map(DeviceMatrix::n_row_blocks).sum::<u32>() / n_teams;
