@@ -21,6 +21,15 @@ if [[ -n ${CODECLLM_WHEEL:-} ]]; then
     exit
 fi
 cargo test --release -p codecllm-engine --lib cuda -- --nocapture 2>&1 | tee "$out/kernels.log"
+# The same kernels as NVRTC compiles them.
+nvrtc=false
+python3 -c 'import ctypes; ctypes.CDLL("libnvrtc.so.13")' 2>/dev/null && nvrtc=true
+if $nvrtc; then
+    CODECLLM_NVRTC=1 cargo test --release -p codecllm-engine --lib cuda::encoded::tests::decodes -- --nocapture 2>&1 |
+        tee "$out/kernels-nvrtc.log"
+else
+    echo 'NVRTC is not installed: its kernels and racecheck skipped'
+fi
 # Golden vectors and others whose payload is noise: nothing out of bounds; and no races, which take long to look for, so in the vectors alone. Racecheck only
 # follows barriers at which every lane arrives, so NVRTC builds the kernels with such ones.
 if command -v compute-sanitizer >/dev/null; then
@@ -29,16 +38,11 @@ if command -v compute-sanitizer >/dev/null; then
             cargo test --release -p codecllm-engine --lib "cuda::encoded::tests::$2" 2>&1 | tee "$out/$1.log"
     }
     sanitize memcheck a_corrupt
-    CODECLLM_NVRTC=1 CODECLLM_NVRTC_OPTIONS=-DRACECHECK sanitize racecheck a_corrupt_vector
+    if $nvrtc; then CODECLLM_NVRTC=1 CODECLLM_NVRTC_OPTIONS=-DRACECHECK sanitize racecheck a_corrupt_vector; fi
 else
     echo 'compute-sanitizer is not installed: memcheck and racecheck skipped'
 fi
 cargo test --release -p codecllm-engine --test cuda_model -- --nocapture 2>&1 | tee "$out/models.log"
-# The same kernels as NVRTC compiles them, where it is installed.
-if python3 -c 'import ctypes; ctypes.CDLL("libnvrtc.so.13")' 2>/dev/null; then
-    CODECLLM_NVRTC=1 cargo test --release -p codecllm-engine --lib cuda::encoded::tests::decodes -- --nocapture 2>&1 |
-        tee "$out/kernels-nvrtc.log"
-fi
 cargo test --release -p codecllm-engine --lib cuda::sample::tests::bench -- --ignored --nocapture 2>&1 | tee "$out/draws.log"
 cargo run --release -- verify assets/tales-5m --device cuda --json | tee "$out/verify.json"
 for cache in none lossless; do
