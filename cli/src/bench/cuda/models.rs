@@ -63,7 +63,7 @@ pub fn measure(
     }
     for form in std::iter::once(None).chain(forms.iter().copied().map(Some)) {
         let label = form.map_or("bf16 plain".to_string(), |f| format!("encoded {f}"));
-        eprintln!("{label}");
+        eprintln!("{}: measuring {label}", shape.name());
         let encoded = form.map(|form| drawn.encode(form, Prefer::Speed)).transpose()?;
         let source = encoded.as_ref().unwrap_or(&drawn);
         let free_before = device.memory()?.0;
