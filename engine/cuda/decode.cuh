@@ -360,7 +360,7 @@ __device__ __forceinline__ u32 units_of(const Matrix& m, u32 j, u32 n_blocks) {
 
 // Decodes `n_blocks` blocks of `n_units` units from column block j of row block i on, which `reader` has opened, and calls sink.quad(unit, q, quad, whole)
 // for all their quads (those of a last, partial unit included, which is not whole), sink.end_unit(unit) after each unit of 32 columns, begin_block(i, j) and
-// end_block() around each block, and end_row() after the last block of a row block, or of all.
+// end_block() around each block, and end_row(i) after the last block of a row block, or of all.
 template <int FORMAT, class C, class Sink>
 __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u32 table, u32 lane, u32 i, u32 j, u32 n_blocks, u32 n_units, Sink& sink) {
     const u32 units_per_block = m.block_cols / 32, first_unit = i * m.n_units + j * units_per_block, end = i * m.n_col_blocks + j + n_blocks;
@@ -410,7 +410,11 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
                     } else if ((s + 1) * C::G % 4 == 0) {
                         sink.quad(u, s * C::G / 4, values(C::assemble(y, raw, s * C::G / 4)), whole);
                     }
-                    if (C::G == 8 && s == 0) load_next();
+                    if (C::G == 8 && s == Sink::LOADS_AFTER) {
+                        // Where nothing else keeps the compiler from it, it would move the loads up, before that use.
+                        if (Sink::LOADS_AFTER) __syncwarp();
+                        load_next();
+                    }
                 }
                 sink.end_unit(u);
             };
@@ -446,11 +450,11 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
         const bool ends = ++j == m.n_col_blocks;
         if (ends) j = 0, i++;
         if (++block == end) break;
-        if (ends) sink.end_row();
+        if (ends) sink.end_row(i - 1);
         rest -= units;
         reader.go_on(m, block, end, offset, lane);
     }
-    sink.end_row();
+    sink.end_row(i - (j == 0));
     wait_copies<0>();
 }
 

@@ -14,8 +14,8 @@ struct Task {
     void* out;          // codes u8 or u16, or bf16 [n_rows, n_cols]; gathered rows: f32 [n_tokens, n_cols]; products: [n_tokens, n_rows]
     const void* bias;   // [n_rows], added to products; may be null
     u32 first_cta, n_ctas;
-    // Products: row blocks of each of these thread blocks, of which the first `more_rows` have one more; and blocks of each warp that decodes, of which the
-    // first `more_blocks` have one more, in thread blocks with `rows` and in the others.
+    // Products: row blocks of each of these thread blocks (of two, if they are paired), of which the first `more_rows` have one more; and blocks of each warp
+    // that decodes, of which the first `more_blocks` have one more, in thread blocks with `rows` and in the others.
     u32 rows, more_rows;
     u32 blocks[2], more_blocks[2];
     u16 codec;          // G and K, or 0 for any: see with_codec
@@ -37,6 +37,7 @@ struct Launch {
     u8 bf16;              // the activations of one token, biases and products are bf16, not f32
     u8 n_decoders;        // more than one token: the warps that decode
     u8 raw_words;         // see prefetch_raw
+    u8 paired;            // one token: thread blocks two by two, each two a cluster, have row blocks together
     Task tasks[MAX_TASKS];
 };
 
@@ -314,17 +315,40 @@ struct Even {
     }
 };
 
-// The blocks of a task that a thread block has, all of some row blocks, shared out to its warps.
+// The blocks of a task that a thread block has, all of some row blocks, shared out to its warps. Paired thread blocks have theirs together, half of the blocks
+// each, and the second one's warps follow those of the first one that have any.
 struct Part {
     u32 first_row, n_rows;  // row blocks
-    Even warps;
+    Even warps;             // of a thread block
+    u32 n_warps, half;      // of the first one, if they are paired; else `half` is 0
 
-    __device__ __forceinline__ Part(const Task& task) {
-        const u32 c = blockIdx.x - task.first_cta, wide = c < task.more_rows;
+    __device__ __forceinline__ Part(const Task& task, u32 n_warps_ = 0, u32 paired = 0) {
+        const u32 c = (blockIdx.x - task.first_cta) >> paired, wide = c < task.more_rows;
         first_row = task.rows * c + min(c, task.more_rows), n_rows = task.rows + wide;
         warps = {task.blocks[wide], task.more_blocks[wide]};
+        half = paired ? n_rows * task.matrix.n_col_blocks / 2 : 0, n_warps = min(n_warps_, half);
+    }
+    // Whose a block is.
+    __device__ __forceinline__ u32 owner(u32 block) const {
+        return half && block >= half ? n_warps + warps.owner(block - half) : warps.owner(block);
     }
 };
+
+// Whether this is the second of two thread blocks.
+__device__ __forceinline__ u32 is_second(u32 paired) { return blockIdx.x & paired; }
+
+// Paired thread blocks: they wait for each other, and the second one leaves a number in the first one's shared memory, at the place that has this address here.
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void arrive_paired() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_paired() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ __forceinline__ void store_in_first(u32 at, u64 v) {
+    asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, 0; st.shared::cluster.u64 [there], %1;}" ::"r"(at), "l"(v) : "memory");
+}
+#else
+__device__ __forceinline__ void arrive_paired() {}
+__device__ __forceinline__ void wait_paired() {}
+__device__ __forceinline__ void store_in_first(u32, u64) {}
+#endif
 
 // ---------------------------------------------------------------- sinks
 
@@ -334,6 +358,7 @@ struct DenseSink {
     static constexpr int ELEMENT = VALUES || FORMAT == BF16 ? 2 : 1, UNIT = 32 * ELEMENT, PER_TILE = 128 / UNIT, TILE_BYTES = 4096;
     static constexpr bool MASKS = false;
     static constexpr int WRITES = ELEMENT;  // bytes, for each weight
+    static constexpr int LOADS_AFTER = 0;   // eight weights a step: the one after which raw bits are asked for
     const Matrix& m;
     u8* out;
     Tile<128> tile;
@@ -403,7 +428,7 @@ struct DenseSink {
         __syncwarp();
     }
     __device__ __forceinline__ void end_block() {}
-    __device__ __forceinline__ void end_row() {}
+    __device__ __forceinline__ void end_row(u32) {}
 };
 
 // One row of the row block, as f32, to a token's place.
@@ -411,7 +436,7 @@ template <int FORMAT>
 struct GatherSink {
     static constexpr int TILE_BYTES = 0;
     static constexpr bool MASKS = false;
-    static constexpr int WRITES = 0;
+    static constexpr int WRITES = 0, LOADS_AFTER = 0;
     const Matrix& m;
     float* out;  // [n_cols]
     Patches patches;
@@ -438,7 +463,7 @@ struct GatherSink {
             if (r == row) out[first_col + col] = value_of<FORMAT>(code) * scale;
         });
     }
-    __device__ __forceinline__ void end_row() {}
+    __device__ __forceinline__ void end_row(u32) {}
 };
 
 constexpr u32 GROUP = 128;  // columns
@@ -471,7 +496,7 @@ struct DotSink {
     static constexpr u32 ROWS = 32 / GROUPS;
     static constexpr int TILE_BYTES = FORMAT == INT8 ? EARLY_BYTES : 256;
     static constexpr bool MASKS = FORMAT != INT8;
-    static constexpr int WRITES = 0;
+    static constexpr int WRITES = 0, LOADS_AFTER = 0;
     const Matrix& m;
     // Shared, the columns four by four. int8: high 4, low 4; fp8: f32; bf16: high 4, low 4. Behind them, what a sum is worth (double), and zeros.
     const u8* x;
@@ -481,12 +506,14 @@ struct DotSink {
     float sums[4] = {};
     double total = 0;   // bf16: of the groups before
     u32 slot;           // where the row block's sums go
+    u32 paired;
+    const u32& first_own;  // shared: of two thread blocks the second one's row blocks before it are the first one's, and their sums go there
     const uint4* x_next;  // the unit's
     uint4 pair;           // int8: of two quads
     Quad even;
 
-    __device__ __forceinline__ DotSink(const Task& task, u32 scratch, u32 slot, u32 lane)
-        : m(task.matrix), scratch(scratch), lane(lane), slot(slot) {}
+    __device__ __forceinline__ DotSink(const Task& task, u32 scratch, u32 slot, u32 paired, const u32& first_own, u32 lane)
+        : m(task.matrix), scratch(scratch), lane(lane), slot(slot), paired(paired), first_own(first_own) {}
     // What comes from device memory and depends on no other kernel.
     __device__ __forceinline__ void look_ahead(const Launch& launch) {
         for (u32 c = threadIdx.x * 32; launch.norm && c < m.n_cols; c += blockDim.x * 32) {
@@ -638,12 +665,14 @@ struct DotSink {
             });
         }
     }
-    __device__ __forceinline__ void end_row() {
+    __device__ __forceinline__ void end_row(u32 i) {
         typename std::conditional<FORMAT == INT8, i64, double>::type sum;
         if constexpr (FORMAT == INT8) sum = 255 * (i64)high + low;
         else sum = total + ((double)sums[0] + sums[1] + ((double)sums[2] + sums[3]));
         if constexpr (GROUPS == 4) sum += __shfl_xor_sync(FULL, sum, 1), sum += __shfl_xor_sync(FULL, sum, 2);
-        if (lane % GROUPS == 0) asm volatile("st.shared.u64 [%0], %1;" ::"r"(slot + 8 * again(lane) / GROUPS), "l"(*(u64*)&sum) : "memory");
+        const u32 at = slot + 8 * again(lane) / GROUPS;
+        if (paired && i < first_own) store_in_first(at, *(u64*)&sum);
+        else if (lane % GROUPS == 0) asm volatile("st.shared.u64 [%0], %1;" ::"r"(at), "l"(*(u64*)&sum) : "memory");
         slot += 8 * ROWS, high = low = 0, total = 0;
         for (int c = 0; c < 4; c++) sums[c] = 0;
     }
@@ -706,7 +735,7 @@ template <int FORMAT>
 struct TileSink {
     static constexpr int ELEMENT = FORMAT == INT8 ? 1 : 2;
     static constexpr bool MASKS = FORMAT != INT8;
-    static constexpr int WRITES = 0;
+    static constexpr int WRITES = 0, LOADS_AFTER = 1;
     const Matrix& m;
     Tiles tiles;
     Patches patches;
@@ -752,7 +781,7 @@ struct TileSink {
         t++, second = 0;
     }
     __device__ __forceinline__ void end_block() {}
-    __device__ __forceinline__ void end_row() {
+    __device__ __forceinline__ void end_row(u32) {
         if (second == 0) return;
         for (u32 c = 0; c < 32; c += 16) tiles.tile(t).store(lane, second + c, 0, 0, 0, 0);
         end_tile();
@@ -936,9 +965,9 @@ struct PlainReader {
             const bool ends = ++j == m.n_col_blocks;
             if (ends) j = 0, i++;
             if (--n_blocks == 0) break;
-            if (ends) sink.end_row();
+            if (ends) sink.end_row(i - 1);
         }
-        sink.end_row();
+        sink.end_row(i - (j == 0));
     }
 };
 
@@ -995,28 +1024,30 @@ __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
 struct Share {
     u32 i, j, n_blocks, slot;
 
-    __device__ __forceinline__ Share(const Task& task, u32 warp) {
-        const Part part(task);
-        const u32 first = part.warps.begin(warp), r = task.matrix.rows_in(first);
-        i = part.first_row + r, j = first - r * task.matrix.n_col_blocks, slot = warp + r;
+    __device__ __forceinline__ Share(const Task& task, u32 warp, u32 n_warps = 0, u32 paired = 0) {
+        const Part part(task, n_warps, paired);
+        const u32 second = is_second(paired), first = part.warps.begin(warp) + second * part.half, r = task.matrix.rows_in(first);
+        i = part.first_row + r, j = first - r * task.matrix.n_col_blocks, slot = second * part.n_warps + warp + r;
         n_blocks = part.warps.each + (warp < part.warps.more);
     }
 };
 
-// Of a task's row blocks in a thread block, the slots with the sums of each.
+// Of a task's row blocks that a thread block adds up, the slots with the sums of each.
 struct Cut {
     u32 first_row, n_rows;
     u16 slots[MAX_ROWS][2];  // the first and the last
 
-    // By one warp; `slots_of(r, ...)` sets those of a row block.
+    // By one warp; `slots_of(r, ...)` sets those of the part's row block r. Of paired thread blocks the first one adds up what it has blocks of.
     template <class F>
-    __device__ __forceinline__ void work_out(const Part& part, u32 lane, F slots_of) {
-        if (lane == 0) first_row = part.first_row, n_rows = part.n_rows;
-        for (u32 r = lane; r < part.n_rows; r += 32) slots_of(r, slots[r]);
+    __device__ __forceinline__ void work_out(const Matrix& m, const Part& part, u32 paired, u32 lane, F slots_of) {
+        const u32 of_first = paired ? m.rows_in(part.half + m.n_col_blocks - 1) : part.n_rows;
+        const u32 begin = is_second(paired) ? of_first : 0, end = is_second(paired) ? part.n_rows : of_first;
+        if (lane == 0) first_row = part.first_row + begin, n_rows = end - begin;
+        for (u32 r = begin + lane; r < end; r += 32) slots_of(r, slots[r - begin]);
     }
 };
 
-// Lane's row, which is `row`, of the part's row block r of the product with a token: the sums of the warps that share it, in their order, times what they
+// Lane's row, which is `row`, of the cut's row block r of the product with a token: the sums of the warps that share it, in their order, times what they
 // are worth, and the bias.
 template <int FORMAT, u32 ROWS>
 __device__ __forceinline__ float add_up(const Launch& launch, const Task& task, const Cut& cut, u32 slots, u32 r, u32 token, u32 row, float scale, double unit) {
@@ -1035,7 +1066,7 @@ __device__ __forceinline__ float add_up(const Launch& launch, const Task& task, 
 // The end of products: once all warps have left their sums in the slots, at `slots` (those of a second, gated product `slots_bytes` behind), the row blocks
 // and tokens are shared out anew. unit(token): what a token's sums are worth. All threads call it.
 template <int FORMAT, u32 ROWS, class Unit>
-__device__ __forceinline__ void put_out(const Launch& launch, const Task& task, const Cut (&cuts)[2], u32 slots, u32 slots_bytes, Unit unit_of) {
+__device__ __forceinline__ void put_out(const Launch& launch, const Task& task, const Cut (&cuts)[2], u32 slots, u32 slots_bytes, u32 paired, Unit unit_of) {
     const u32 lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
     const Task& task0 = launch.gated ? launch.tasks[0] : task;
     const Task& task1 = launch.tasks[1];
@@ -1045,6 +1076,7 @@ __device__ __forceinline__ void put_out(const Launch& launch, const Task& task, 
     auto scale = [&](const Task& of) INLINE { return item < n_items && row_of() < n_rows ? scale_of<FORMAT>(of.matrix, row_of()) : 0; };
     // What the sums are worth is asked for before they are there.
     float scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0;
+    if (paired) arrive_paired(), wait_paired();
     __syncthreads();
     while (item < n_items) {
         const u32 r = item / n_tokens, token = item % n_tokens, row = row_of();
@@ -1073,7 +1105,7 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     const u32 team_warps = launch.gated ? n_warps / 2 : n_warps, team = warp / team_warps, n_teams = launch.gated ? 2 : 1;
     const Task& task = launch.gated ? launch.tasks[team] : find_task(launch);
     const Matrix& m = task.matrix;
-    const u32 team_warp = warp - team * team_warps;
+    const u32 team_warp = warp - team * team_warps, paired = PLAIN ? 0 : launch.paired;
     const u32 shared = (u32)__cvta_generic_to_shared(shared_memory), table = shared + team * launch.table_bytes;
     const u32 ring = shared + n_teams * launch.table_bytes + warp * WINDOW;
     const u32 slots_at = n_teams * launch.table_bytes + n_warps * WINDOW;
@@ -1081,7 +1113,9 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     const u32 slots_bytes = launch.n_slots * slot_bytes;
     // What depends on no other kernel: the table, and the first blocks' bytes.
     __shared__ Cut cuts[2];
-    const Share share(task, team_warp);
+    // Before one writes into the other's shared memory, that has to be there.
+    if (paired) arrive_paired();
+    const Share share(task, team_warp, team_warps, paired);
     const u32 i = share.i, j = share.j, n_blocks = share.n_blocks, block = i * m.n_col_blocks + j;
     typename std::conditional<PLAIN, PlainReader, Reader>::type reader;
     Stream stream;
@@ -1097,12 +1131,12 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
         }
     }
     if (team_warp == 0) {
-        const Part part(task);
-        cuts[team].work_out(part, lane, [&](u32 r, u16 (&slots)[2]) INLINE {
-            slots[0] = part.warps.owner(r * m.n_col_blocks) + r, slots[1] = part.warps.owner((r + 1) * m.n_col_blocks - 1) + r;
+        const Part part(task, team_warps, paired);
+        cuts[team].work_out(m, part, paired, lane, [&](u32 r, u16 (&slots)[2]) INLINE {
+            slots[0] = part.owner(r * m.n_col_blocks) + r, slots[1] = part.owner((r + 1) * m.n_col_blocks - 1) + r;
         });
     }
-    Sink sink(task, ring + RING_BYTES, shared + slots_at + team * slots_bytes + share.slot * slot_bytes, lane);
+    Sink sink(task, ring + RING_BYTES, shared + slots_at + team * slots_bytes + share.slot * slot_bytes, paired, cuts[team].first_row, lane);
     sink.look_ahead(launch);
     // While the kernel before this one is at work.
     const bool early = FORMAT == INT8 && launch.early;
@@ -1121,6 +1155,7 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     if constexpr (!PLAIN) {
         if (!early) wait_for_table(n_blocks);
     }
+    if (paired) wait_paired();
     __syncthreads();
     if constexpr (PLAIN) {
         if (n_blocks) reader.read(m, i, j, n_blocks, sink);
@@ -1130,13 +1165,13 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
                 sink.begin_block(i, j);
                 finish_parts<decltype(codec)>(m, ring + RING_BYTES, lane, i, j, sink);
                 sink.end_block();
-                sink.end_row();
+                sink.end_row(i);
             } else {
                 decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, i, j, n_blocks, units_of(m, j, n_blocks), sink);
             }
         });
     }
-    put_out<FORMAT, ROWS>(launch, task, cuts, shared + slots_at, slots_bytes, [&](u32) INLINE { return sink.unit(); });
+    put_out<FORMAT, ROWS>(launch, task, cuts, shared + slots_at, slots_bytes, paired, [&](u32) INLINE { return sink.unit(); });
 }
 
 // Products with 2 to 16 tokens: the first `n_decoders` warps decode, their blocks shared out as for one token, and the others multiply. What is decoded depends
@@ -1186,7 +1221,7 @@ __device__ __forceinline__ void multiply_many(const Launch& launch, With with) {
         const Part part(task);
         // Row blocks have multipliers.
         const Even rows{n_multipliers / part.n_rows, n_multipliers % part.n_rows};
-        if (place == 0) cuts[team].work_out(part, lane, [&](u32 r, u16 (&slots)[2]) INLINE { slots[0] = rows.begin(r), slots[1] = rows.begin(r + 1) - 1; });
+        if (place == 0) cuts[team].work_out(m, part, 0, lane, [&](u32 r, u16 (&slots)[2]) INLINE { slots[0] = rows.begin(r), slots[1] = rows.begin(r + 1) - 1; });
         const u32 r = rows.owner(place), first = rows.begin(r), stride = rows.begin(r + 1) - first;
         if (lane == 0) Tiles::create(begun + 8 * place);
         Multiplier<FORMAT, EIGHTS> multiplier;
@@ -1199,7 +1234,7 @@ __device__ __forceinline__ void multiply_many(const Launch& launch, With with) {
         __syncthreads();
         multiplier.put(windows + team * slots_bytes + place * slot_bytes, launch.n_tokens);
     }
-    put_out<FORMAT, 32>(launch, task, cuts, windows, slots_bytes, [&](u32 token) INLINE { return FORMAT == INT8 ? launch.units[token] : 1; });
+    put_out<FORMAT, 32>(launch, task, cuts, windows, slots_bytes, 0, [&](u32 token) INLINE { return FORMAT == INT8 ? launch.units[token] : 1; });
 }
 
 // One warp a token and column block; grid (column blocks, tokens).

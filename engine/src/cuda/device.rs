@@ -155,6 +155,11 @@ impl Device {
         self.n_multiprocessors
     }
 
+    /// Whether kernels may start while the one before them ends, and thread blocks be clusters: from 9.0 on.
+    pub(super) fn has_clusters(&self) -> bool {
+        self.capability >= (9, 0)
+    }
+
     /// Shared memory that a thread block may have, what its kernel declares included, in bytes.
     pub(super) fn shared_bytes(&self) -> u32 {
         self.shared_bytes
@@ -213,12 +218,34 @@ impl Device {
     /// # Safety
     /// `params` has the layout that the kernel declares, and its pointers have the room that the kernel takes.
     pub(super) unsafe fn launch<P: Copy>(&self, kernel: &CudaFunction, grid: Grid, params: &P) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_paired(kernel, grid, false, params) }
+    }
+
+    /// The same; `paired`: blocks two by two are clusters, on a GPU that [has them](Self::has_clusters).
+    ///
+    /// # Safety
+    /// As of [`Self::launch`].
+    pub(super) unsafe fn launch_paired<P: Copy>(
+        &self,
+        kernel: &CudaFunction,
+        grid: Grid,
+        paired: bool,
+        params: &P,
+    ) -> Result<()> {
         self.context.bind_to_thread().map_err(failed("binding the GPU to a thread"))?;
-        let mut overlap = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: Default::default(),
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
+        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: Default::default(), value };
+        let cluster = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: 2, y: 1, z: 1 };
+        let mut attributes = [
+            attribute(
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            ),
+            attribute(
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                sys::CUlaunchAttributeValue { clusterDim: cluster },
+            ),
+        ];
         let config = sys::CUlaunchConfig {
             gridDimX: grid.blocks.0,
             gridDimY: grid.blocks.1,
@@ -228,8 +255,8 @@ impl Device {
             blockDimZ: 1,
             sharedMemBytes: grid.shared_bytes,
             hStream: self.stream.cu_stream(),
-            attrs: &mut overlap,
-            numAttrs: u32::from(self.capability >= (9, 0)),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: u32::from(self.has_clusters()) + u32::from(paired),
         };
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         // SAFETY: the configuration and the argument live until the call returns, which copies them.

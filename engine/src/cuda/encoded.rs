@@ -45,9 +45,12 @@ const DECLARED_BYTES: u32 = 2048;
 const RESERVED_BYTES: u32 = 1024;
 /// Row blocks of a thread block that multiplies by one token, at most (`MAX_ROWS` in encoded.cu).
 const THREAD_BLOCK_ROWS: u32 = 128;
-/// Warps of a thread block that multiplies by several tokens: those that decode, at most, and those that multiply, each of which has one row block.
+/// Warps of a thread block that multiplies by several tokens: those that decode, or at most, where that saves a round of blocks; and those that multiply, each
+/// of which has one row block.
 const DECODERS: u32 = 24;
+const MOST_DECODERS: u32 = 28;
 const MULTIPLIERS: u32 = 8;
+const MANY_WARPS: u32 = DECODERS + MULTIPLIERS;
 /// Bytes of a decoder's tiles and of their barriers (`Tiles` in encoded.cu), of the row blocks' barriers, and, for eight tokens, of a multiplier's activations.
 const TILES_BYTES: u32 = 4096;
 const BARRIER_BYTES: u32 = 64;
@@ -136,6 +139,7 @@ struct Launch {
     bf16: u8,
     n_decoders: u8,
     raw_words: u8,
+    paired: u8,
     tasks: [Task; MAX_TASKS],
 }
 
@@ -172,6 +176,8 @@ struct Cut {
     n_slots: u32,
     /// Whether no warp has more than one block, whose codes are decoded before the activations are known.
     early: bool,
+    /// One token: whether thread blocks two by two have row blocks together.
+    paired: bool,
     table_bytes: u32,
     shared_bytes: u32,
 }
@@ -188,6 +194,7 @@ pub(super) struct EncodedKernels {
     prepare_float: CudaFunction,
     shared_limit: u32,
     n_multiprocessors: u32,
+    has_clusters: bool,
     units: CudaSlice<f64>,
 }
 
@@ -304,6 +311,7 @@ impl EncodedKernels {
             prepare_float: prepare("prepare_float_mma")?,
             shared_limit,
             n_multiprocessors: device.n_multiprocessors(),
+            has_clusters: device.has_clusters(),
             units: device.zeros(PRODUCT_TOKENS)?,
         })
     }
@@ -779,12 +787,15 @@ impl EncodedKernels {
         (launch.n_tokens, launch.bf16) = (n_tokens as u8, input.bf16.into());
         (launch.n_slots, launch.table_bytes) = (cut.n_slots, cut.table_bytes);
         (launch.early, launch.n_decoders) = (cut.early.into(), cut.n_decoders as u8);
+        launch.paired = cut.paired.into();
+        let together = 1 + u32::from(cut.paired);
         let team_warps = if gated { cut.n_decoders / 2 } else { cut.n_decoders };
         let mut first_cta = 0;
         for (i, (task, &(m, bias, out, adds))) in launch.tasks.iter_mut().zip(jobs).enumerate() {
             let (n_ctas, matrix, codec) = (cut.n_ctas[i], m.description, m.codec);
-            let (rows, more_rows) = (m.n_row_blocks() / n_ctas, m.n_row_blocks() % n_ctas);
-            let all = [rows, rows + 1].map(|rows| rows * m.description.n_col_blocks);
+            let parts = n_ctas / together;
+            let (rows, more_rows) = (m.n_row_blocks() / parts, m.n_row_blocks() % parts);
+            let all = [rows, rows + 1].map(|rows| rows * m.description.n_col_blocks / together);
             let (blocks, more_blocks) = (all.map(|n| n / team_warps), all.map(|n| n % team_warps));
             let adds = adds.into();
             *task = Task { matrix, out, bias, first_cta, n_ctas, rows, more_rows, blocks, more_blocks, codec, adds };
@@ -796,7 +807,7 @@ impl EncodedKernels {
         launch.raw_words = raw_words(u64::from(blocks * cut.n_decoders).min(n_blocks));
         let grid = Grid { blocks: (blocks, 1, 1), threads: 32 * cut.n_warps, shared_bytes: cut.shared_bytes };
         // SAFETY: the structures are the kernels', the pointers those of validated tensors, the buffers the caller's promise.
-        unsafe { device.launch(kernel, grid, &launch) }
+        unsafe { device.launch_paired(kernel, grid, cut.paired, &launch) }
     }
 
     /// How a launch of products is cut: which thread blocks, with whole row blocks each, of how many warps.
@@ -831,16 +842,20 @@ impl EncodedKernels {
             let share = if gated { n } else { self.share(m.n_blocks(), total) };
             *n_ctas = if small { n_rows } else { share.clamp(n_rows.div_ceil(THREAD_BLOCK_ROWS), n_rows) };
         }
-        let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| m.n_row_blocks().div_ceil(n));
+        // For integers the halves that are saved are worth no more than the waits for each other, but where they are of two matrices.
+        let pays = gated || jobs.len() == 1 && jobs[0].0.format != Format::Int8;
+        cut.paired = !small && !plain && pays && self.pairs(jobs, cut.n_ctas[0]);
+        let together = 1 + u32::from(cut.paired);
+        let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| m.n_row_blocks().div_ceil(n / together));
         let deepest = deepest.max().unwrap_or(1);
         cut.table_bytes = matrices().map(DeviceMatrix::table_bytes).max().unwrap_or(0);
-        // A team of warps has a slot for each of them and each row block: the sums of its rows, of 64 bits.
+        // A team of warps, of paired thread blocks both's, has a slot for each of them and each row block: the sums of its rows, of 64 bits.
         let slot_bytes = 8 * jobs[0].0.block_rows();
         let fixed = n_teams * (cut.table_bytes + deepest * slot_bytes);
-        let (n_warps, shared_bytes) = self.fit(fixed, needs, wanted, slot_bytes)?;
+        let (n_warps, shared_bytes) = self.fit(fixed, needs, wanted, together * slot_bytes)?;
         cut.n_warps = n_warps / n_teams * n_teams;
         cut.n_decoders = cut.n_warps;
-        cut.n_slots = cut.n_warps / n_teams + deepest;
+        cut.n_slots = together * cut.n_warps / n_teams + deepest;
         cut.shared_bytes = shared_bytes;
         cut.early = small && widest * n_teams <= cut.n_warps && matrices().all(DeviceMatrix::decodes_early);
         Ok(cut)
@@ -856,7 +871,7 @@ impl EncodedKernels {
         let table_bytes = matrices().map(DeviceMatrix::table_bytes).max().unwrap_or(0);
         let each = RING_BYTES + TILES_BYTES + BARRIER_BYTES;
         let x_bytes = X_BYTES * n_tokens.div_ceil(8);
-        let multipliers = |decoders: u32| decoders.min(MULTIPLIERS);
+        let multipliers = |decoders: u32| decoders.min(MULTIPLIERS).min(MANY_WARPS - decoders);
         let fixed = n_teams * table_bytes + ROWS_BYTES;
         let bytes = |decoders: u32| fixed + decoders * each + multipliers(decoders) * x_bytes;
         let fits = |decoders: &u32| bytes(*decoders) <= self.shared_limit;
@@ -868,7 +883,7 @@ impl EncodedKernels {
         let n_rows = matrices().map(DeviceMatrix::n_row_blocks).sum::<u32>() / n_teams;
         let own = DECLARED_BYTES + RESERVED_BYTES;
         let pairs = 2 * (bytes(n_decoders) + own) <= self.shared_limit + own
-            && 2 * (n_decoders + multipliers(n_decoders)) <= DECODERS + MULTIPLIERS;
+            && 2 * (n_decoders + multipliers(n_decoders)) <= MANY_WARPS;
         if small && n_rows > self.n_multiprocessors && !pairs {
             small = false;
             n_decoders = fitting(n_teams * widest * n_rows.div_ceil(self.n_multiprocessors));
@@ -877,17 +892,47 @@ impl EncodedKernels {
             let needs = Needs { warp_bytes: each, block_bytes: x_bytes, warps: 1 };
             self.fit(fixed, needs, 1, 0)?;
         }
-        let n_multipliers = multipliers(n_decoders);
-        let mut cut = Cut { table_bytes, n_decoders, shared_bytes: bytes(n_decoders), ..Default::default() };
-        cut.n_warps = n_decoders + n_multipliers;
-        for (n_ctas, m) in cut.n_ctas.iter_mut().zip(matrices()).filter(|_| n_multipliers > 0) {
-            // A multiplier for each row block, in as many rounds as that takes.
-            let share = if gated { self.n_multiprocessors } else { self.share(m.n_blocks(), total).max(1) };
-            let n_rows = m.n_row_blocks();
-            let n_rounds = n_rows.div_ceil(n_multipliers / n_teams).div_ceil(share);
-            *n_ctas = if small { n_rows } else { (share * n_rounds).min(n_rows) };
+        if n_decoders == 0 {
+            return Ok(Cut::default());
         }
-        Ok(cut)
+        let cut = |n_decoders: u32| {
+            let n_multipliers = multipliers(n_decoders);
+            let mut cut = Cut { table_bytes, n_decoders, shared_bytes: bytes(n_decoders), ..Default::default() };
+            cut.n_warps = n_decoders + n_multipliers;
+            for (n_ctas, m) in cut.n_ctas.iter_mut().zip(matrices()) {
+                // A multiplier for each row block, in as many rounds as that takes.
+                let share = if gated { self.n_multiprocessors } else { self.share(m.n_blocks(), total).max(1) };
+                let n_rows = m.n_row_blocks();
+                let n_rounds = n_rows.div_ceil(n_multipliers / n_teams).div_ceil(share);
+                *n_ctas = if small { n_rows } else { (share * n_rounds).min(n_rows) };
+            }
+            cut
+        };
+        let usual = cut(n_decoders);
+        if small || n_decoders < DECODERS {
+            return Ok(usual);
+        }
+        // The most blocks that a decoder has, one after the other.
+        let depth = |cut: &Cut| {
+            let of = |(n_ctas, m): (&u32, &DeviceMatrix)| {
+                (m.n_row_blocks().div_ceil(*n_ctas) * m.description.n_col_blocks).div_ceil(cut.n_decoders / n_teams)
+            };
+            cut.n_ctas.iter().zip(matrices()).map(of).max()
+        };
+        let wanted = (DECODERS..=MOST_DECODERS).step_by(n_teams as usize).filter(fits).map(cut);
+        Ok(wanted.filter(|cut| cut.n_ctas == usual.n_ctas).min_by_key(depth).unwrap_or(usual))
+    }
+
+    /// Whether thread blocks, so many of each job, have less to do two by two than each by itself: seven row blocks for two, where that would be four for some.
+    fn pairs(&self, jobs: &[Job<'_>], n_ctas: u32) -> bool {
+        const MAX_ROWS: u32 = 16;
+        let most = jobs[0].0.n_row_blocks().div_ceil(n_ctas);
+        self.has_clusters
+            && n_ctas % 2 == 0
+            && most <= MAX_ROWS
+            && jobs[0].0.n_row_blocks().div_ceil(n_ctas / 2) < 2 * most
+            // Each gets half of the blocks, of whatever row blocks.
+            && jobs.iter().all(|job| job.0.description.n_col_blocks % 2 == 0)
     }
 
     /// How many of the multiprocessors a matrix has with so many of a launch's blocks.
@@ -1112,8 +1157,9 @@ mod tests {
 
     /// Tensors of so many blocks that each warp takes several, one behind the other.
     fn many_blocks() -> Vec<(String, EncodedTensor)> {
-        // Some thread blocks have more row blocks of the second than others; of the third they have several, and warps' shares end within them.
-        let sources = [tensor(2080, 4096, 21), tensor(5760, 1024, 22), tensor(14336, 224, 23)];
+        // Some thread blocks have more row blocks of the second than others; of the third they have several, and warps' shares end within them; of the fourth
+        // they have some together.
+        let sources = [tensor(2080, 4096, 21), tensor(5760, 1024, 22), tensor(14336, 224, 23), tensor(14336, 256, 24)];
         let codecs = [
             (Format::Int8, 8, 10, 4, 1, 0),
             (Format::Int8, 4, 10, 6, 2, 0),
