@@ -842,7 +842,7 @@ impl EncodedKernels {
             let share = if gated { n } else { self.share(m.n_blocks(), total) };
             *n_ctas = if small { n_rows } else { share.clamp(n_rows.div_ceil(THREAD_BLOCK_ROWS), n_rows) };
         }
-        // For integers the halves that are saved are worth no more than the waits for each other, but where they are of two matrices.
+        // For integers, half a row block less is worth no more than waiting for each other; of two matrices it is twice that.
         let pays = gated || jobs.len() == 1 && jobs[0].0.format != Format::Int8;
         cut.paired = !small && !plain && pays && self.pairs(jobs, cut.n_ctas[0]);
         let together = 1 + u32::from(cut.paired);
@@ -882,9 +882,9 @@ impl EncodedKernels {
         // More row blocks than multiprocessors, of which none has room for two thread blocks: all at once all the same.
         let n_rows = matrices().map(DeviceMatrix::n_row_blocks).sum::<u32>() / n_teams;
         let own = DECLARED_BYTES + RESERVED_BYTES;
-        let pairs = 2 * (bytes(n_decoders) + own) <= self.shared_limit + own
+        let two_fit = 2 * (bytes(n_decoders) + own) <= self.shared_limit + own
             && 2 * (n_decoders + multipliers(n_decoders)) <= MANY_WARPS;
-        if small && n_rows > self.n_multiprocessors && !pairs {
+        if small && n_rows > self.n_multiprocessors && !two_fit {
             small = false;
             n_decoders = fitting(n_teams * widest * n_rows.div_ceil(self.n_multiprocessors));
         }
