@@ -928,11 +928,11 @@ impl EncodedKernels {
         const MAX_ROWS: u32 = 16;
         let most = jobs[0].0.n_row_blocks().div_ceil(n_ctas);
         self.has_clusters
-            && n_ctas % 2 == 0
+            && n_ctas.is_multiple_of(2)
             && most <= MAX_ROWS
             && jobs[0].0.n_row_blocks().div_ceil(n_ctas / 2) < 2 * most
             // Each gets half of the blocks, of whatever row blocks.
-            && jobs.iter().all(|job| job.0.description.n_col_blocks % 2 == 0)
+            && jobs.iter().all(|job| job.0.description.n_col_blocks.is_multiple_of(2))
     }
 
     /// How many of the multiprocessors a matrix has with so many of a launch's blocks.
