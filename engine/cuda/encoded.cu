@@ -1094,9 +1094,9 @@ __device__ __forceinline__ void put_out(const Launch& launch, const Task& task, 
     }
 }
 
-// Products with one token: a thread block has whole row blocks, of which its warps take shares that are as even as can be, and adds up what they leave. `with`
-// is with_codec or its like; PLAIN: the matrices are not encoded, and `with` is nothing. Shared memory: the table (two with `gated`, where half of the warps
-// are each product's), the warps' rings and tiles, slots of sums, and what the sink keeps.
+// Products with one token: a thread block (or two, if paired) has whole row blocks, of which the warps take shares that are as even as can be, and adds up what
+// they leave. `with` is with_codec or its like; PLAIN: the matrices are not encoded, and `with` is nothing. Shared memory: the table (two with `gated`, where half
+// of the warps are each product's), the warps' rings and tiles, slots of sums, and what the sink keeps.
 template <int FORMAT, bool PLAIN = false, class With>
 __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     using Sink = DotSink<FORMAT, PLAIN ? 4 : 1>;

@@ -182,6 +182,13 @@ struct Cut {
     shared_bytes: u32,
 }
 
+impl Cut {
+    /// Thread blocks that have row blocks together.
+    fn together(&self) -> u32 {
+        1 + u32::from(self.paired)
+    }
+}
+
 /// The kernels, loaded, and the memory that products share.
 pub(super) struct EncodedKernels {
     /// By format: the encoder's codecs, then any.
@@ -788,14 +795,13 @@ impl EncodedKernels {
         (launch.n_slots, launch.table_bytes) = (cut.n_slots, cut.table_bytes);
         (launch.early, launch.n_decoders) = (cut.early.into(), cut.n_decoders as u8);
         launch.paired = cut.paired.into();
-        let together = 1 + u32::from(cut.paired);
         let team_warps = if gated { cut.n_decoders / 2 } else { cut.n_decoders };
         let mut first_cta = 0;
         for (i, (task, &(m, bias, out, adds))) in launch.tasks.iter_mut().zip(jobs).enumerate() {
             let (n_ctas, matrix, codec) = (cut.n_ctas[i], m.description, m.codec);
-            let parts = n_ctas / together;
+            let parts = n_ctas / cut.together();
             let (rows, more_rows) = (m.n_row_blocks() / parts, m.n_row_blocks() % parts);
-            let all = [rows, rows + 1].map(|rows| rows * m.description.n_col_blocks / together);
+            let all = [rows, rows + 1].map(|rows| rows * m.description.n_col_blocks / cut.together());
             let (blocks, more_blocks) = (all.map(|n| n / team_warps), all.map(|n| n % team_warps));
             let adds = adds.into();
             *task = Task { matrix, out, bias, first_cta, n_ctas, rows, more_rows, blocks, more_blocks, codec, adds };
@@ -845,7 +851,7 @@ impl EncodedKernels {
         // For integers, half a row block less is worth no more than waiting for each other; of two matrices it is twice that.
         let pays = gated || jobs.len() == 1 && jobs[0].0.format != Format::Int8;
         cut.paired = !small && !plain && pays && self.pairs(jobs, cut.n_ctas[0]);
-        let together = 1 + u32::from(cut.paired);
+        let together = cut.together();
         let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| m.n_row_blocks().div_ceil(n / together));
         let deepest = deepest.max().unwrap_or(1);
         cut.table_bytes = matrices().map(DeviceMatrix::table_bytes).max().unwrap_or(0);
@@ -888,14 +894,14 @@ impl EncodedKernels {
             small = false;
             n_decoders = fitting(n_teams * widest * n_rows.div_ceil(self.n_multiprocessors));
         }
-        if n_decoders == 0 && !gated {
-            let needs = Needs { warp_bytes: each, block_bytes: x_bytes, warps: 1 };
-            self.fit(fixed, needs, 1, 0)?;
-        }
         if n_decoders == 0 {
+            if !gated {
+                let needs = Needs { warp_bytes: each, block_bytes: x_bytes, warps: 1 };
+                self.fit(fixed, needs, 1, 0)?;
+            }
             return Ok(Cut::default());
         }
-        let cut = |n_decoders: u32| {
+        let cut_for = |n_decoders: u32| {
             let n_multipliers = multipliers(n_decoders);
             let mut cut = Cut { table_bytes, n_decoders, shared_bytes: bytes(n_decoders), ..Default::default() };
             cut.n_warps = n_decoders + n_multipliers;
@@ -908,7 +914,7 @@ impl EncodedKernels {
             }
             cut
         };
-        let usual = cut(n_decoders);
+        let usual = cut_for(n_decoders);
         if small || n_decoders < DECODERS {
             return Ok(usual);
         }
@@ -919,12 +925,13 @@ impl EncodedKernels {
             };
             cut.n_ctas.iter().zip(matrices()).map(of).max()
         };
-        let wanted = (DECODERS..=MOST_DECODERS).step_by(n_teams as usize).filter(fits).map(cut);
+        let wanted = (DECODERS..=MOST_DECODERS).step_by(n_teams as usize).filter(fits).map(cut_for);
         Ok(wanted.filter(|cut| cut.n_ctas == usual.n_ctas).min_by_key(depth).unwrap_or(usual))
     }
 
     /// Whether thread blocks, so many of each job, have less to do two by two than each by itself: seven row blocks for two, where that would be four for some.
     fn pairs(&self, jobs: &[Job<'_>], n_ctas: u32) -> bool {
+        // Of more row blocks, half a one is too little to save.
         const MAX_ROWS: u32 = 16;
         let most = jobs[0].0.n_row_blocks().div_ceil(n_ctas);
         self.has_clusters
