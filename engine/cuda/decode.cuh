@@ -384,6 +384,8 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
         auto values = [&](Quad codes) INLINE { return C::TRELLIS ? grids.values(codes) : codes; };
         if constexpr (C::FIXED) {
             constexpr int STEPS = 32 / C::G;
+            // Units in the loop's body, and units whose raw bits are prefetched at once: with a trellis there is no register for that.
+            constexpr u32 TOGETHER = C::G == 8 && Sink::WRITES < 2 ? 2 : 1, AT_ONCE = C::TRELLIS ? 1 : TOGETHER;
             // Units of raw bits on their way to the L2 cache. Those that are loaded, one ahead, cover device memory's latency where a unit has eight steps, but not
             // the waits behind what a launch writes. With eight of them, it would drive them from the cache before their turn.
             constexpr u32 PREFETCH = Sink::WRITES ? 4 : C::G == 8 ? 2 : 0;
@@ -391,7 +393,7 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
 #pragma unroll
                 for (int b = 0; b < C::K; b++) raw[b] = ahead[b];
                 raw_next += 32 * C::K;
-                if (PREFETCH && lane < C::K && u + PREFETCH < rest) {
+                if (PREFETCH && u % AT_ONCE == 0 && lane < AT_ONCE * C::K && u + PREFETCH + (lane >= C::K) < rest) {
                     asm volatile("prefetch.global.L2 [%0];" ::"l"(raw_next + (PREFETCH - 1) * 32 * C::K + 31 * lane));
                 }
                 // Always, if only the same again, so that nothing chooses between what is loaded and what is not, and waits for it. Where two units are
@@ -420,7 +422,7 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
             };
             // What takes codes as they are can take those behind the last column, too: the activations there are zeros.
             const u32 stop = Sink::MASKS ? n_whole : units;
-#pragma unroll (C::G == 8 && Sink::WRITES < 2 ? 2 : 1)
+#pragma unroll TOGETHER
             for (u32 u = 0; u < stop; u++) unit(u, std::true_type());
             if (Sink::MASKS && stop < units) unit(stop, std::false_type());
         } else {
