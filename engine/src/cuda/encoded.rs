@@ -183,6 +183,11 @@ struct Cut {
 }
 
 impl Cut {
+    /// Thread blocks of the launch: the two matrices of a gated product share theirs.
+    fn n_blocks(&self, gated: bool) -> u32 {
+        if gated { self.n_ctas[0] } else { self.n_ctas.iter().sum() }
+    }
+
     /// Thread blocks that have row blocks together.
     fn together(&self) -> u32 {
         1 + u32::from(self.paired)
@@ -772,16 +777,17 @@ impl EncodedKernels {
         let &Input { mut data, n_tokens, norm, eps, bf16 } = input;
         let n_cols = jobs[0].0.n_cols();
         let is_int8 = jobs[0].0.format == Format::Int8;
-        let (tiles, kernel) = match n_tokens {
+        let (operand_tokens, kernel) = match n_tokens {
             1 => (0, &jobs[0].0.kernels.product),
-            2..=8 => (1, &jobs[0].0.encoded_kernels()?.products[0]),
-            _ => (2, &jobs[0].0.encoded_kernels()?.products[1]),
+            2..=8 => (8, &jobs[0].0.encoded_kernels()?.products[0]),
+            _ => (16, &jobs[0].0.encoded_kernels()?.products[1]),
         };
         let (units, n_tokens, bf16) = (scratch.units, n_tokens as u32, bf16.into());
         let cut = self.cut(jobs, n_tokens, gated)?;
         if n_tokens > 1 {
             let prepare = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
-            let grid = Grid { blocks: (8 * tiles, 1, 1), threads: 1024, shared_bytes: 0 };
+            let threads = self.prepare_threads(operand_tokens, jobs, &cut, gated);
+            let grid = Grid { blocks: (operand_tokens, 1, 1), threads, shared_bytes: 0 };
             let out = scratch.operand;
             let params = Prepare { x: data, out, units, n_tokens, n_cols: n_cols as u32, bf16 };
             // SAFETY: an operand has room for sixteen tokens of `n_cols` columns.
@@ -808,7 +814,7 @@ impl EncodedKernels {
             // The two of a gated product share theirs.
             first_cta += if gated { 0 } else { n_ctas };
         }
-        let blocks = if gated { cut.n_ctas[0] } else { first_cta };
+        let blocks = cut.n_blocks(gated);
         let n_blocks: u64 = jobs.iter().map(|job| job.0.n_blocks()).sum();
         launch.raw_words = raw_words(u64::from(blocks * cut.n_decoders).min(n_blocks));
         let grid = Grid { blocks: (blocks, 1, 1), threads: 32 * cut.n_warps, shared_bytes: cut.shared_bytes };
@@ -927,6 +933,16 @@ impl EncodedKernels {
         };
         let wanted = (DECODERS..=MOST_DECODERS).step_by(n_teams as usize).filter(fits).map(cut_for);
         Ok(wanted.filter(|cut| cut.n_ctas == usual.n_ctas).min_by_key(depth).unwrap_or(usual))
+    }
+
+    /// Threads that prepare a token's activations. So many thread blocks as there are tokens should fit on the multiprocessors that the product leaves idle, two on
+    /// each: else some of its own wait for them, which counts where they have little to do.
+    fn prepare_threads(&self, n_tokens: u32, jobs: &[Job<'_>], cut: &Cut, gated: bool) -> u32 {
+        const MOST: u32 = 1024;
+        const FEW_ROWS: u32 = 2;
+        let n_idle = self.n_multiprocessors.saturating_sub(cut.n_blocks(gated));
+        let few_rows = jobs.iter().zip(cut.n_ctas).all(|(job, n)| job.0.n_row_blocks().div_ceil(n) <= FEW_ROWS);
+        if few_rows && 2 * n_idle < n_tokens { MOST / 2 } else { MOST }
     }
 
     /// Whether thread blocks, so many of each job, have less to do two by two than each by itself: seven row blocks for two, where that would be four for some.
