@@ -183,11 +183,6 @@ struct Cut {
 }
 
 impl Cut {
-    /// Thread blocks of the launch: the two matrices of a gated product share theirs.
-    fn n_blocks(&self, gated: bool) -> u32 {
-        if gated { self.n_ctas[0] } else { self.n_ctas.iter().sum() }
-    }
-
     /// Thread blocks that have row blocks together.
     fn together(&self) -> u32 {
         1 + u32::from(self.paired)
@@ -784,9 +779,11 @@ impl EncodedKernels {
         };
         let (units, n_tokens, bf16) = (scratch.units, n_tokens as u32, bf16.into());
         let cut = self.cut(jobs, n_tokens, gated)?;
+        // The two of a gated product share their thread blocks.
+        let all_ctas = if gated { cut.n_ctas[0] } else { cut.n_ctas.iter().sum() };
         if n_tokens > 1 {
             let prepare = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
-            let threads = self.prepare_threads(operand_tokens, jobs, &cut, gated);
+            let threads = self.prepare_threads(operand_tokens, jobs, &cut, all_ctas);
             let grid = Grid { blocks: (operand_tokens, 1, 1), threads, shared_bytes: 0 };
             let out = scratch.operand;
             let params = Prepare { x: data, out, units, n_tokens, n_cols: n_cols as u32, bf16 };
@@ -811,13 +808,11 @@ impl EncodedKernels {
             let (blocks, more_blocks) = (all.map(|n| n / team_warps), all.map(|n| n % team_warps));
             let adds = adds.into();
             *task = Task { matrix, out, bias, first_cta, n_ctas, rows, more_rows, blocks, more_blocks, codec, adds };
-            // The two of a gated product share theirs.
             first_cta += if gated { 0 } else { n_ctas };
         }
-        let blocks = cut.n_blocks(gated);
         let n_blocks: u64 = jobs.iter().map(|job| job.0.n_blocks()).sum();
-        launch.raw_words = raw_words(u64::from(blocks * cut.n_decoders).min(n_blocks));
-        let grid = Grid { blocks: (blocks, 1, 1), threads: 32 * cut.n_warps, shared_bytes: cut.shared_bytes };
+        launch.raw_words = raw_words(u64::from(all_ctas * cut.n_decoders).min(n_blocks));
+        let grid = Grid { blocks: (all_ctas, 1, 1), threads: 32 * cut.n_warps, shared_bytes: cut.shared_bytes };
         // SAFETY: the structures are the kernels', the pointers those of validated tensors, the buffers the caller's promise.
         unsafe { device.launch_paired(kernel, grid, cut.paired, &launch) }
     }
@@ -937,10 +932,10 @@ impl EncodedKernels {
 
     /// Threads that prepare a token's activations. So many thread blocks as there are tokens should fit on the multiprocessors that the product leaves idle, two on
     /// each: else some of its own wait for them, which counts where they have little to do.
-    fn prepare_threads(&self, n_tokens: u32, jobs: &[Job<'_>], cut: &Cut, gated: bool) -> u32 {
+    fn prepare_threads(&self, n_tokens: u32, jobs: &[Job<'_>], cut: &Cut, all_ctas: u32) -> u32 {
         const MOST: u32 = 1024;
         const FEW_ROWS: u32 = 2;
-        let n_idle = self.n_multiprocessors.saturating_sub(cut.n_blocks(gated));
+        let n_idle = self.n_multiprocessors.saturating_sub(all_ctas);
         let few_rows = jobs.iter().zip(cut.n_ctas).all(|(job, n)| job.0.n_row_blocks().div_ceil(n) <= FEW_ROWS);
         if few_rows && 2 * n_idle < n_tokens { MOST / 2 } else { MOST }
     }
