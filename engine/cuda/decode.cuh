@@ -230,28 +230,30 @@ struct Stream {
     __device__ __forceinline__ Stream(const Matrix& m, u32 block, u32 end) : begin(offset_at(m, block)), end(offset_at(m, end)) {}
 };
 
-// A warp's window on the streams of consecutive blocks: four chunks of 512 bytes, and the first again behind the last, so that reads that begin
-// within the ring need not wrap.
 constexpr u32 EARLY_UNITS = 16, EARLY_BYTES = EARLY_UNITS * 128;  // see decode_parts
-constexpr u32 CHUNK = 512, RING = 2048, RING_BYTES = RING + CHUNK;
+constexpr u32 CHUNK = 512;
 // Chunks that a warp asks for where it begins. All do so at once, and what they ask for comes after what others asked for before: so as little as will do.
 constexpr u32 FIRST_CHUNKS = 2;
 // What the last step of a block may read of the next one's words: one a lane.
 constexpr u32 OVERRUN = 64;
 
+// A warp's window on the streams of consecutive blocks: three or four chunks of 512 bytes, and the first again behind the last, so that reads that begin
+// within the ring need not wrap.
+template <u32 CHUNKS>
 struct Reader {
+    static constexpr u32 RING = CHUNKS * CHUNK, BYTES = RING + CHUNK;
     u32 x;      // state in the top T bits, then the bits that wait, then zeros
     u32 scale;  // 2^(16 − T + bits consumed mod 16): what brings a word behind the bits that wait
     u32 next;   // shared address of the next word; the same in all lanes
     u32 limit;  // where the next chunk goes, before wrapping
     u32 ring;
-    u32 fetched, bytes;
+    u32 fetched, n_bytes;
     const u8* source;
     u32 to_top, state_mask, refill_at, lanes_below;
 
     // Asks for the next chunk.
     __device__ __forceinline__ void fetch(u32 lane) {
-        if (fetched < bytes) {
+        if (fetched < n_bytes) {
             const u32 to = (limit >= ring + RING ? limit - RING : limit) + lane * 16;
             copy_async(to, source);
             if (to < ring + CHUNK) copy_async(to + RING, source);
@@ -262,7 +264,7 @@ struct Reader {
     // Asks for the first bytes of a stream. Four groups of copies, some of which are empty.
     __device__ __forceinline__ void open(const Matrix& m, Stream stream, u32 ring_, u32 lane_) {
         const u32 lane = again(lane_);
-        bytes = (stream.end - stream.begin) * 16;
+        n_bytes = (stream.end - stream.begin) * 16;
         source = m.stream + (u64)stream.begin * 16 + lane * 16;
         fetched = lane * 16;
         ring = limit = again(ring_);
@@ -305,14 +307,14 @@ struct Reader {
         begin_block(lane);
     }
 
-    // To be called before every eighth step at the latest, for eight read no more than 448 bytes (T is at most 14). At most two chunks are on their way
-    // afterwards, so that these are there.
+    // To be called before every eighth step at the latest, for eight read no more than 448 bytes (T is at most 14). Of four chunks at most two are on their
+    // way afterwards, of three one, so that these are there.
     __device__ __forceinline__ void refresh(u32 lane) {
         __syncwarp();
         if (next >= ring + RING) next -= RING, limit -= RING;
         if (limit - next <= RING - CHUNK - OVERRUN) fetch(lane);
         commit_copies();
-        wait_copies<2>();
+        wait_copies<CHUNKS - 2>();
         __syncwarp();
     }
 
@@ -339,6 +341,9 @@ struct Reader {
     }
 };
 
+using ProductReader = Reader<4>;
+constexpr u32 RING_BYTES = ProductReader::BYTES;
+
 // Brings a block's first raw bits as near as the L2 cache: those of two units, or, if that is more, `most` words a lane.
 __device__ __forceinline__ void prefetch_raw(const Matrix& m, u32 i, u32 j, u32 lane, u32 most) {
     const u32 units = m.block_cols / 32, first = j * units, lines = min(min(units, m.n_units - first) * m.raw_bits, max(most, 2u * m.raw_bits));
@@ -361,18 +366,22 @@ __device__ __forceinline__ u32 units_of(const Matrix& m, u32 j, u32 n_blocks) {
 // Decodes `n_blocks` blocks of `n_units` units from column block j of row block i on, which `reader` has opened, and calls sink.quad(unit, q, quad, whole)
 // for all their quads (those of a last, partial unit included, which is not whole), sink.end_unit(unit) after each unit of 32 columns, begin_block(i, j) and
 // end_block() around each block, and end_row(i) after the last block of a row block, or of all.
-template <int FORMAT, class C, class Sink>
-__device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u32 table, u32 lane, u32 i, u32 j, u32 n_blocks, u32 n_units, Sink& sink) {
+template <int FORMAT, class C, u32 CHUNKS, class Sink>
+__device__ __forceinline__ void decode_blocks(const Matrix& m, Reader<CHUNKS>& reader, u32 table, u32 lane, u32 i, u32 j, u32 n_blocks, u32 n_units, Sink& sink) {
     const u32 units_per_block = m.block_cols / 32, first_unit = i * m.n_units + j * units_per_block, end = i * m.n_col_blocks + j + n_blocks;
     u32 block = end - n_blocks, rest = n_units;  // that are left
     const u32 k = C::FIXED ? (u32)C::K : m.raw_bits;
     const u32* raw_next = m.raw + (u64)first_unit * k * 32 + lane;
-    u32 raw[C::N_RAW], ahead[C::N_RAW];
-    auto load_raw = [&](const u32* from) INLINE {
+    constexpr u32 AHEAD = Sink::AHEAD;
+    u32 raw[C::N_RAW], ahead[AHEAD][C::N_RAW];
+    auto load_raw = [&](const u32* from, u32 (&to)[C::N_RAW]) INLINE {
 #pragma unroll
-        for (int b = 0; b < C::K; b++) ahead[b] = __ldcs(from + 32 * b);
+        for (int b = 0; b < C::K; b++) to[b] = __ldcs(from + 32 * b);
     };
-    if constexpr (C::FIXED) load_raw(raw_next);
+    if constexpr (C::FIXED) {
+#pragma unroll
+        for (u32 a = 0; a < AHEAD; a++) load_raw(raw_next + (a < n_units ? a : 0) * 32 * C::K, ahead[a]);
+    }
     reader.begin(m, lane);
 #pragma unroll 1
     for (;;) {
@@ -386,19 +395,23 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
             constexpr int STEPS = 32 / C::G;
             // Units in the loop's body, and units whose raw bits are prefetched at once: with a trellis there is no register for that.
             constexpr u32 TOGETHER = C::G == 8 && Sink::WRITES < 2 ? 2 : 1, AT_ONCE = C::TRELLIS ? 1 : TOGETHER;
-            // Units of raw bits on their way to the L2 cache. Those that are loaded, one ahead, cover device memory's latency where a unit has eight steps, but not
+            // Units of raw bits on their way to the L2 cache. Those that are loaded ahead cover device memory's latency where a unit has eight steps, but not
             // the waits behind what a launch writes. With eight of them, it would drive them from the cache before their turn.
             constexpr u32 PREFETCH = Sink::WRITES ? 4 : C::G == 8 ? 2 : 0;
             auto unit = [&](u32 u, auto whole) {
 #pragma unroll
-                for (int b = 0; b < C::K; b++) raw[b] = ahead[b];
+                for (int b = 0; b < C::K; b++) {
+                    raw[b] = ahead[0][b];
+#pragma unroll
+                    for (u32 a = 1; a < AHEAD; a++) ahead[a - 1][b] = ahead[a][b];
+                }
                 raw_next += 32 * C::K;
                 if (PREFETCH && u % AT_ONCE == 0 && lane < AT_ONCE * C::K && u + PREFETCH + (lane >= C::K) < rest) {
                     asm volatile("prefetch.global.L2 [%0];" ::"l"(raw_next + (PREFETCH - 1) * 32 * C::K + 31 * lane));
                 }
                 // Always, if only the same again, so that nothing chooses between what is loaded and what is not, and waits for it. Where two units are
                 // unrolled, after the first use of what was loaded before: one scoreboard may count all loads, and that use would wait for these, too.
-                auto load_next = [&]() INLINE { load_raw(u + 1 < rest ? raw_next : raw_next - 32 * C::K); };
+                auto load_next = [&]() INLINE { load_raw(u + AHEAD < rest ? raw_next + (AHEAD - 1) * 32 * C::K : raw_next - 32 * C::K, ahead[AHEAD - 1]); };
                 if (C::G != 8) load_next();
                 if (STEPS >= 8 || u % 2 == 0) reader.refresh(lane);
                 u32 y[STEPS];
@@ -463,7 +476,7 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader& reader, u
 // The same in two parts, for codes with parts of one bit, eight a symbol: what depends on the stream, before the activations are known, and what depends on
 // them. Between them the parts of a unit stand in `parts`, a word a lane, those of step s at bits 2s (second quad) and 2s + 1 (first) of its bytes, or with
 // k = 4 at bits s (first) and s + 4.
-__device__ __forceinline__ void decode_parts(const Matrix& m, Reader& reader, u32 table, u32 lane, u32 units, u32 parts) {
+__device__ __forceinline__ void decode_parts(const Matrix& m, ProductReader& reader, u32 table, u32 lane, u32 units, u32 parts) {
     reader.begin(m, lane);
     const u32 stride = m.raw_bits == 4 ? 1 : 2, place = m.raw_bits - stride;
 #pragma unroll 2

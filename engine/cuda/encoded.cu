@@ -110,7 +110,7 @@ template <int BYTES>
 struct Tile {
     u32 base;
     static __device__ __forceinline__ u32 offset(u32 row, u32 byte) {
-        const u32 turn = BYTES == 32 ? row >> 2 & 1 : BYTES == 64 ? row >> 1 & 3 : row & 7;
+        const u32 turn = BYTES == 64 ? row >> 1 & 3 : row & 15;
         return row * BYTES + ((byte ^ turn * 16) & (BYTES - 1));
     }
     __device__ __forceinline__ void store(u32 row, u32 byte, u32 a, u32 b, u32 c, u32 d) const {
@@ -225,6 +225,8 @@ struct Input {
     u32 n_cols, n_quads;  // n_quads: up to a multiple of 32 columns
     float4 held[HELD];
     float squares = 0, most = 0;  // `most`: magnitude, or what is no number; ordered as its bits are
+    const u8* kept = nullptr;     // what keep() copied, and where it ends
+    u32 kept_end = 0;
 
     __device__ __forceinline__ float4 quad(const void* from, u32 i, bool bf16) const {
         if (n_cols % 4) return ragged_quad(from, i, n_cols, bf16);
@@ -235,6 +237,8 @@ struct Input {
         return {low.x, low.y, high.x, high.y};
     }
     __device__ __forceinline__ float4 values(u32 i) const { return quad(x, i, bf16); }
+    // Of columns that are not held.
+    __device__ __forceinline__ float4 further(u32 i) const { return i < kept_end ? quad(kept, i, bf16) : values(i); }
     __device__ __forceinline__ float4 weights(u32 i) const { return norm ? quad(norm, i, false) : float4{1, 1, 1, 1}; }
     static __device__ __forceinline__ float4 times(float4 v, float4 w) { return {v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w}; }
     __device__ __forceinline__ float4 count(float4 v, float4 w) {
@@ -254,6 +258,17 @@ struct Input {
             held[h] = i < n_quads ? values(i) : float4{};
         }
     }
+    // Asks for as many of the columns that are not held as shared memory has room for, so that they all come at once, and once. A thread reads what it asked for.
+    __device__ __forceinline__ void keep(u8* shared, u32 room) {
+        const u32 first = HELD * blockDim.x, bytes = bf16 ? 8 : 16, n_whole = n_cols % 4 ? 0 : n_cols / 4;
+        kept = shared - first * bytes, kept_end = min(n_whole, first + room / bytes);
+        for (u32 i = first + threadIdx.x; i < kept_end; i += blockDim.x) {
+            const u32 to = (u32)__cvta_generic_to_shared(shared) + (i - first) * bytes;
+            if (bf16) asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"((const u8*)x + (u64)i * 8) : "memory");
+            else copy_async(to, (const u8*)x + (u64)i * 16);
+        }
+        commit_copies();
+    }
     // Reads all; afterwards `most` is the block's, and with a norm `squares` is.
     __device__ __forceinline__ void read() {
         __shared__ float all_squares[32];
@@ -263,7 +278,8 @@ struct Input {
         for (u32 h = 0; h < HELD; h++) w[h] = weights(threadIdx.x + h * blockDim.x);
 #pragma unroll
         for (u32 h = 0; h < HELD; h++) held[h] = count(held[h], w[h]);
-        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) count(values(i), weights(i));
+        if (kept) wait_copies<0>();
+        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) count(further(i), weights(i));
         const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         const u32 most_bits = __reduce_max_sync(FULL, __float_as_uint(most));
         if (norm) squares = warp_sum(squares);
@@ -298,7 +314,7 @@ struct Input {
             const u32 i = threadIdx.x + h * blockDim.x;
             if (i < n_quads) put(i, held[h]);
         }
-        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) put(i, times(values(i), weights(i)));
+        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) put(i, times(further(i), weights(i)));
     }
 };
 
@@ -352,16 +368,18 @@ __device__ __forceinline__ void store_in_first(u32, u64) {}
 
 // ---------------------------------------------------------------- sinks
 
-// Rows of codes, or of bf16 values, staged so that every store is of whole lines.
+// Rows of codes, or of bf16 values, staged so that 256 bytes of a row are stored at once: of 128 memory takes a fifth less.
 template <int FORMAT, bool VALUES>
 struct DenseSink {
-    static constexpr int ELEMENT = VALUES || FORMAT == BF16 ? 2 : 1, UNIT = 32 * ELEMENT, PER_TILE = 128 / UNIT, TILE_BYTES = 4096;
+    static constexpr u32 ROW = 256, TILE_BYTES = 32 * ROW;
+    static constexpr int ELEMENT = VALUES || FORMAT == BF16 ? 2 : 1, UNIT = 32 * ELEMENT, PER_TILE = ROW / UNIT;
     static constexpr bool MASKS = false;
     static constexpr int WRITES = ELEMENT;  // bytes, for each weight
     static constexpr int LOADS_AFTER = 0;   // eight weights a step: the one after which raw bits are asked for
+    static constexpr u32 AHEAD = ELEMENT == 1 ? 3 : 1;  // units whose raw bits are loaded before their turn
     const Matrix& m;
     u8* out;
-    Tile<128> tile;
+    Tile<ROW> tile;
     Patches patches;
     u32 lane, i, first_col, n_cols;
     float scale;
@@ -396,27 +414,27 @@ struct DenseSink {
             tile.put<ELEMENT>(row, (col - tile_col) * ELEMENT, element);
         });
         __syncwarp();
-        const u32 used = min(128u, (n_cols - tile_col) * ELEMENT), rows = min(32u, m.n_rows - i * 32);
+        const u32 used = min(ROW, (n_cols - tile_col) * ELEMENT), rows = min(32u, m.n_rows - i * 32);
         u8* to = out + ((u64)i * 32 * m.n_cols + first_col + tile_col) * ELEMENT;
         const u64 stride = (u64)m.n_cols * ELEMENT;
         if (stride % 16 == 0) {
-            // Four rows at once, then the next; as many loads together as there are registers for.
-            const u32 first = lane / 8, byte16 = lane % 8 * 16;
-            constexpr u32 TOGETHER = 4;
+            // Two rows at once, then the next; as many loads together as there are registers for.
+            constexpr u32 LANES = ROW / 16, AT_ONCE = 32 / LANES, TOGETHER = 4;
+            const u32 first = lane / LANES, byte16 = lane % LANES * 16;
 #pragma unroll
-            for (u32 r = 0; r < 32; r += 4 * TOGETHER) {
+            for (u32 r = 0; r < 32; r += AT_ONCE * TOGETHER) {
                 uint4 v[TOGETHER];
 #pragma unroll
-                for (u32 n = 0; n < TOGETHER; n++) v[n] = tile.load(first + r + 4 * n, byte16);
+                for (u32 n = 0; n < TOGETHER; n++) v[n] = tile.load(first + r + AT_ONCE * n, byte16);
 #pragma unroll
                 for (u32 n = 0; n < TOGETHER; n++) {
-                    const u32 row = first + r + 4 * n;
+                    const u32 row = first + r + AT_ONCE * n;
                     if (row < rows && byte16 < used) __stcs((uint4*)(to + row * stride + byte16), v[n]);
                 }
             }
         } else {
-            for (u32 e = lane; e < rows * 32; e += 32) {  // four bytes of a row each, element by element
-                const u32 row = e / 32, at = e % 32 * 4;
+            for (u32 e = lane; e < rows * (ROW / 4); e += 32) {  // four bytes of a row each, element by element
+                const u32 row = e / (ROW / 4), at = e % (ROW / 4) * 4;
                 u32 word;
                 asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(tile.base + tile.offset(row, at)) : "memory");
                 for (u32 b = 0; b < 4 && at + b < used; b += ELEMENT) {
@@ -437,6 +455,7 @@ struct GatherSink {
     static constexpr int TILE_BYTES = 0;
     static constexpr bool MASKS = false;
     static constexpr int WRITES = 0, LOADS_AFTER = 0;
+    static constexpr u32 AHEAD = 1;
     const Matrix& m;
     float* out;  // [n_cols]
     Patches patches;
@@ -497,6 +516,7 @@ struct DotSink {
     static constexpr int TILE_BYTES = FORMAT == INT8 ? EARLY_BYTES : 256;
     static constexpr bool MASKS = FORMAT != INT8;
     static constexpr int WRITES = 0, LOADS_AFTER = 0;
+    static constexpr u32 AHEAD = 1;
     const Matrix& m;
     // Shared, the columns four by four. int8: high 4, low 4; fp8: f32; bf16: high 4, low 4. Behind them, what a sum is worth (double), and zeros.
     const u8* x;
@@ -736,6 +756,7 @@ struct TileSink {
     static constexpr int ELEMENT = FORMAT == INT8 ? 1 : 2;
     static constexpr bool MASKS = FORMAT != INT8;
     static constexpr int WRITES = 0, LOADS_AFTER = 1;
+    static constexpr u32 AHEAD = 1;
     const Matrix& m;
     Tiles tiles;
     Patches patches;
@@ -1001,11 +1022,12 @@ __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
     const u64 n_blocks = (m.n_rows + 31) / 32 * m.n_col_blocks;
     const u32 first = uniform(n_blocks * share / n_shares), end = uniform(n_blocks * (share + 1) / n_shares);
     const u32 table = (u32)__cvta_generic_to_shared(shared_memory);
-    const u32 ring = table + launch.table_bytes + warp * (RING_BYTES + Sink::TILE_BYTES);
+    using RowsReader = Reader<3>;
+    const u32 ring = table + launch.table_bytes + warp * (RowsReader::BYTES + Sink::TILE_BYTES);
     const Stream stream(m, first, end);
     copy_table(m, table, threadIdx.x, blockDim.x);
     const u32 i = first / m.n_col_blocks, j = first - i * m.n_col_blocks;
-    Reader reader;
+    RowsReader reader;
     if (first < end) {
         reader.open(m, stream, ring, lane);
         prefetch_raw(m, i, j, lane, launch.raw_words);
@@ -1015,7 +1037,7 @@ __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
     wait_for_table(first < end);
     __syncthreads();
     if (first == end) return;
-    Sink sink(task, ring + RING_BYTES, lane);
+    Sink sink(task, ring + RowsReader::BYTES, lane);
     with(task.codec, [&](auto codec) INLINE { decode_blocks<FORMAT, decltype(codec)>(m, reader, table, lane, i, j, end - first, units_of(m, j, end - first), sink); });
 }
 
@@ -1117,7 +1139,7 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     if (paired) arrive_paired();
     const Share share(task, team_warp, team_warps, paired);
     const u32 i = share.i, j = share.j, n_blocks = share.n_blocks, block = i * m.n_col_blocks + j;
-    typename std::conditional<PLAIN, PlainReader, Reader>::type reader;
+    typename std::conditional<PLAIN, PlainReader, ProductReader>::type reader;
     Stream stream;
     if constexpr (PLAIN) {
         if (n_blocks) reader.open(m, i, j, n_blocks, ring);
@@ -1201,7 +1223,7 @@ __device__ __forceinline__ void multiply_many(const Launch& launch, With with) {
         const Tiles tiles{ring + RING_BYTES, barriers + warp * BARRIERS};
         const Stream stream(m, block, block + n_blocks);
         copy_table(m, table, place * 32 + lane, team_decoders * 32);
-        Reader reader;
+        ProductReader reader;
         if (n_blocks) {
             if (lane == 0) prefetch_scales(m, i), tiles.create();
             reader.open(m, stream, ring, lane);
@@ -1249,7 +1271,7 @@ __device__ __forceinline__ void gather(const Launch& launch, With with) {
     const u32 lane = threadIdx.x % 32, token = launch.tokens[blockIdx.y];
     if (token >= m.n_rows) return;
     float* out = (float*)task.out + (u64)blockIdx.y * m.n_cols;
-    Reader reader;
+    ProductReader reader;
     const u32 block = token / 32 * m.n_col_blocks + blockIdx.x;
     reader.open(m, Stream(m, block, block + 1), table + launch.table_bytes, lane);
     GatherSink<FORMAT> sink{m, out, {}, lane, token / 32, token % 32, 0, scale_of<FORMAT>(m, token)};
@@ -1289,10 +1311,10 @@ __device__ __forceinline__ void with_any(u32, F f) { f(Codec<FORMAT, ANY, ANY>()
     extern "C" __global__ void __launch_bounds__(THREADS, 1) name(const __grid_constant__ Launch l) { \
         __VA_ARGS__(l, [](u32 codec, auto f) INLINE { WITH(codec, f); });                             \
     }
-// As many threads as there are registers for.
+// As many threads as there are registers for; those that decode to rows are as many warps as have room for a tile, with half as many registers again.
 #define KERNELS(FORMAT, name, WITH)                                                            \
-    KERNEL(1024, decode_codes_##name, WITH, decode_shares<FORMAT, DenseSink<FORMAT, false>>)   \
-    KERNEL(1024, decode_values_##name, WITH, decode_shares<FORMAT, DenseSink<FORMAT, true>>)   \
+    KERNEL(640, decode_codes_##name, WITH, decode_shares<FORMAT, DenseSink<FORMAT, false>>)    \
+    KERNEL(640, decode_values_##name, WITH, decode_shares<FORMAT, DenseSink<FORMAT, true>>)    \
     KERNEL(32, gather_rows_##name, WITH, gather<FORMAT>)                                       \
     KERNEL(1024, product_1_##name, WITH, multiply<FORMAT>)                                     \
     KERNEL(1024, product_8_##name, WITH, multiply_many<FORMAT, 1>)                             \
@@ -1305,6 +1327,8 @@ KERNELS(FP8, fp8, with_codec<FP8>)
 KERNELS(FP8, fp8_any, with_any<FP8>)
 KERNELS(BF16, bf16, with_codec<BF16>)
 KERNELS(BF16, bf16_any, with_any<BF16>)
+// For launches in which 28 warps take no more turns than 32 would: with registers for nearly all that those spill.
+KERNEL(896, product_1_bf16_few, with_codec<BF16>, multiply<BF16>)
 
 // One token's products of matrices that are not encoded. It just has the registers that it needs: one spilled to memory costs a tenth of a model's speed.
 extern "C" __global__ void __launch_bounds__(512, 2) product_plain(const __grid_constant__ Launch l) {
@@ -1312,6 +1336,13 @@ extern "C" __global__ void __launch_bounds__(512, 2) product_plain(const __grid_
 }
 
 // ---------------------------------------------------------------- activations
+
+// Of shared memory that the launch asked for.
+__device__ __forceinline__ u32 dynamic_bytes() {
+    u32 v;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(v));
+    return v;
+}
 
 // x [n_tokens, n_cols] -> an operand of products with more than one token. One thread block a token of the operand; those from n_tokens on are zero, as
 // are the columns up to a multiple of 32.
@@ -1333,6 +1364,7 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_int8_mma(const __grid
     wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
     Input input = p.input();
+    input.keep(shared_memory, dynamic_bytes());
     input.read();
     const float ratio = fixed_ratio(input.most, input.finite());
     input.for_each([&](u32 i, float4 v) {
@@ -1350,6 +1382,7 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_float_mma(const __gri
     wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
     Input input = p.input();
+    input.keep(shared_memory, dynamic_bytes());
     input.read();
     input.for_each([&](u32 i, float4 v) {
         const u32 lane = token % 8 * 4 + i % 2 * 2;

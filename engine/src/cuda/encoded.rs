@@ -31,8 +31,8 @@ const EARLY_COLS: u32 = 512;
 const SMALL: f64 = 0.75;
 /// Bytes of a warp's window on its stream.
 const RING_BYTES: u32 = 2560;
-/// What a decode to rows needs: tiles where warps collect them.
-const DENSE_NEEDS: Needs = Needs { warp_bytes: RING_BYTES + 4096, block_bytes: 0, warps: 32 };
+/// What a decode to rows needs: a smaller window, and tiles where warps collect 256 bytes of 32 rows.
+const DENSE_NEEDS: Needs = Needs { warp_bytes: 2048 + 32 * 256, block_bytes: 0, warps: 20 };
 /// Rows and columns of a plain matrix's blocks: four groups of columns whose sums are float32 (`GROUP` in encoded.cu).
 const PLAIN_BLOCK: (u32, u32) = (8, 512);
 /// Bytes of a warp's window on a plain matrix (`PlainReader` in encoded.cu).
@@ -51,11 +51,17 @@ const DECODERS: u32 = 24;
 const MOST_DECODERS: u32 = 28;
 const MULTIPLIERS: u32 = 8;
 const MANY_WARPS: u32 = DECODERS + MULTIPLIERS;
+/// Warps of the kernels for one token that have fewer than 32, with more registers each (`product_1_bf16_few` in encoded.cu).
+const FEW_WARPS: u32 = 28;
 /// Bytes of a decoder's tiles and of their barriers (`Tiles` in encoded.cu), of the row blocks' barriers, and, for eight tokens, of a multiplier's activations.
 const TILES_BYTES: u32 = 4096;
 const BARRIER_BYTES: u32 = 64;
 const ROWS_BYTES: u32 = 8 * MULTIPLIERS;
 const X_BYTES: u32 = 3 * 1024;
+/// Of a token's activations, in f32: what each thread that prepares them holds (`Input::held` in encoded.cu), and what its thread block keeps in shared memory
+/// at most. So four thread blocks fit on a multiprocessor.
+const HELD_BYTES: u32 = 2 * 16;
+const KEPT_BYTES: u32 = 40 << 10;
 /// Row blocks that the kernels count.
 const MAX_ROW_BLOCKS: usize = 1 << 16;
 
@@ -178,6 +184,8 @@ struct Cut {
     early: bool,
     /// One token: whether thread blocks two by two have row blocks together.
     paired: bool,
+    /// One token: whether at most [`FEW_WARPS`] share the blocks, by the kernel for so many.
+    few: bool,
     table_bytes: u32,
     shared_bytes: u32,
 }
@@ -186,6 +194,11 @@ impl Cut {
     /// Thread blocks that have row blocks together.
     fn together(&self) -> u32 {
         1 + u32::from(self.paired)
+    }
+
+    /// Thread blocks of the launch: those of a gated product have both matrices.
+    fn all_ctas(&self, gated: bool) -> u32 {
+        if gated { self.n_ctas[0] } else { self.n_ctas.iter().sum() }
     }
 }
 
@@ -234,6 +247,8 @@ pub(super) struct DeviceMatrix {
 struct Instance {
     /// For one token.
     product: CudaFunction,
+    /// The same for at most [`FEW_WARPS`], where there is one.
+    product_few: Option<CudaFunction>,
     encoded: Option<EncodedInstance>,
 }
 
@@ -307,13 +322,14 @@ impl EncodedKernels {
                 gather_rows: kernel("gather_rows", what)?,
                 products: [kernel("product_8", what)?, kernel("product_16", what)?],
             };
-            Ok(Arc::new(Instance { product: kernel("product_1", what)?, encoded: Some(encoded) }))
+            let few = (what == Format::Bf16.name()).then(|| kernel("product_1", "bf16_few")).transpose()?;
+            Ok(Arc::new(Instance { product: kernel("product_1", what)?, product_few: few, encoded: Some(encoded) }))
         };
         let names = FORMATS.iter().flat_map(|format| [format.to_string(), format!("{format}_any")]);
         Ok(Self {
             instances: names.map(|what| instance(&what)).collect::<Result<_>>()?,
             trellis: instance("int8_trellis")?,
-            plain: Arc::new(Instance { product: kernel("product", "plain")?, encoded: None }),
+            plain: Arc::new(Instance { product: kernel("product", "plain")?, product_few: None, encoded: None }),
             prepare_int8: prepare("prepare_int8_mma")?,
             prepare_float: prepare("prepare_float_mma")?,
             shared_limit,
@@ -772,19 +788,24 @@ impl EncodedKernels {
         let &Input { mut data, n_tokens, norm, eps, bf16 } = input;
         let n_cols = jobs[0].0.n_cols();
         let is_int8 = jobs[0].0.format == Format::Int8;
-        let (operand_tokens, kernel) = match n_tokens {
-            1 => (0, &jobs[0].0.kernels.product),
+        let kernels = &jobs[0].0.kernels;
+        let (operand_tokens, mut kernel) = match n_tokens {
+            1 => (0, &kernels.product),
             2..=8 => (8, &jobs[0].0.encoded_kernels()?.products[0]),
             _ => (16, &jobs[0].0.encoded_kernels()?.products[1]),
         };
         let (units, n_tokens, bf16) = (scratch.units, n_tokens as u32, bf16.into());
         let cut = self.cut(jobs, n_tokens, gated)?;
-        // The two of a gated product share their thread blocks.
-        let all_ctas = if gated { cut.n_ctas[0] } else { cut.n_ctas.iter().sum() };
+        if let (true, Some(few)) = (cut.few, &kernels.product_few) {
+            kernel = few;
+        }
+        let all_ctas = cut.all_ctas(gated);
         if n_tokens > 1 {
             let prepare = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
             let threads = self.prepare_threads(operand_tokens, jobs, &cut, all_ctas);
-            let grid = Grid { blocks: (operand_tokens, 1, 1), threads, shared_bytes: 0 };
+            // What the threads do not hold in registers.
+            let shared_bytes = (4 * n_cols as u32).saturating_sub(HELD_BYTES * threads).min(KEPT_BYTES);
+            let grid = Grid { blocks: (operand_tokens, 1, 1), threads, shared_bytes };
             let out = scratch.operand;
             let params = Prepare { x: data, out, units, n_tokens, n_cols: n_cols as u32, bf16 };
             // SAFETY: an operand has room for sixteen tokens of `n_cols` columns.
@@ -853,6 +874,19 @@ impl EncodedKernels {
         let pays = gated || jobs.len() == 1 && jobs[0].0.format != Format::Int8;
         cut.paired = !small && !plain && pays && self.pairs(jobs, cut.n_ctas[0]);
         let together = cut.together();
+        // Where those take no more blocks one after the other; and of a small matrix where no multiprocessor has to take two of its thread blocks.
+        let turns = |warps: u32| {
+            let of = |(&n, m): (&u32, &DeviceMatrix)| {
+                (m.n_row_blocks().div_ceil(n / together) * m.description.n_col_blocks)
+                    .div_ceil(together * warps / n_teams)
+            };
+            cut.n_ctas.iter().zip(matrices()).map(of).max()
+        };
+        let few = wanted.min(FEW_WARPS);
+        cut.few = jobs[0].0.kernels.product_few.is_some()
+            && turns(few) <= turns(wanted)
+            && (!small || PRODUCT_WARPS < wanted && cut.all_ctas(gated) <= n);
+        let wanted = if cut.few { few } else { wanted };
         let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| m.n_row_blocks().div_ceil(n / together));
         let deepest = deepest.max().unwrap_or(1);
         cut.table_bytes = matrices().map(DeviceMatrix::table_bytes).max().unwrap_or(0);
@@ -1195,6 +1229,17 @@ mod tests {
         sources.iter().flat_map(|source| codecs.map(|codec| encode(source, codec))).collect()
     }
 
+    /// Tensors of more columns than the threads that prepare activations hold, and than they keep in shared memory.
+    fn many_columns() -> Vec<(String, EncodedTensor)> {
+        let encode = |((n_rows, n_cols), format)| {
+            let options = EncodeOptions { format, ..Default::default() };
+            let what = format!("{n_rows} × {n_cols} {format}");
+            (what, parse(encode_tensor(&tensor(n_rows, n_cols, 25), &options).unwrap()))
+        };
+        let shapes = [(40, 12_304), (33, 20_004)];
+        shapes.into_iter().flat_map(|shape| [Format::Int8, Format::Bf16].map(|f| encode((shape, f)))).collect()
+    }
+
     fn parse(bytes: Vec<u8>) -> EncodedTensor {
         EncodedTensor::parse(bytes.into(), Checks::Full).unwrap()
     }
@@ -1311,9 +1356,9 @@ mod tests {
     #[test]
     fn products_agree_with_the_decoded_weights() {
         let Some((device, kernels, mut upload)) = gpu() else { return };
-        let mut operand = kernels.operand(&device, 4096).unwrap();
+        let mut operand = kernels.operand(&device, 20_004).unwrap();
         let stream = device.stream();
-        for (what, t) in vectors().into_iter().chain(tensors()).chain(many_blocks()) {
+        for (what, t) in vectors().into_iter().chain(tensors()).chain(many_blocks()).chain(many_columns()) {
             let matrix = DeviceMatrix::upload(&device, &kernels, &mut upload, &t).unwrap();
             let (n_rows, n_cols) = (t.n_rows(), t.n_cols());
             let bias = random(n_rows, 5);
