@@ -307,14 +307,15 @@ struct Reader {
         begin_block(lane);
     }
 
-    // To be called before every eighth step at the latest, for eight read no more than 448 bytes (T is at most 14). Of four chunks at most two are on their
-    // way afterwards, of three one, so that these are there.
+    // To be called before every eighth step at the latest, for eight read no more than 448 bytes (T is at most 14), which are there afterwards.
     __device__ __forceinline__ void refresh(u32 lane) {
+        constexpr u32 FULL_ENOUGH = RING - CHUNK - OVERRUN, ON_THEIR_WAY = CHUNKS - 2;
+        static_assert(FULL_ENOUGH >= ON_THEIR_WAY * CHUNK + 448);
         __syncwarp();
         if (next >= ring + RING) next -= RING, limit -= RING;
-        if (limit - next <= RING - CHUNK - OVERRUN) fetch(lane);
+        if (limit - next <= FULL_ENOUGH) fetch(lane);
         commit_copies();
-        wait_copies<CHUNKS - 2>();
+        wait_copies<ON_THEIR_WAY>();
         __syncwarp();
     }
 
