@@ -373,7 +373,7 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader<CHUNKS>& r
     u32 block = end - n_blocks, rest = n_units;  // that are left
     const u32 k = C::FIXED ? (u32)C::K : m.raw_bits;
     const u32* raw_next = m.raw + (u64)first_unit * k * 32 + lane;
-    constexpr u32 AHEAD = Sink::AHEAD;
+    constexpr u32 AHEAD = Sink::WRITES == 1 ? 3 : 1;  // units whose raw bits are loaded before their turn
     u32 raw[C::N_RAW], ahead[AHEAD][C::N_RAW];
     auto load_raw = [&](const u32* from, u32 (&to)[C::N_RAW]) INLINE {
 #pragma unroll

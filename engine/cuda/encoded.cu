@@ -376,7 +376,6 @@ struct DenseSink {
     static constexpr bool MASKS = false;
     static constexpr int WRITES = ELEMENT;  // bytes, for each weight
     static constexpr int LOADS_AFTER = 0;   // eight weights a step: the one after which raw bits are asked for
-    static constexpr u32 AHEAD = ELEMENT == 1 ? 3 : 1;  // units whose raw bits are loaded before their turn
     const Matrix& m;
     u8* out;
     Tile<ROW> tile;
@@ -455,7 +454,6 @@ struct GatherSink {
     static constexpr int TILE_BYTES = 0;
     static constexpr bool MASKS = false;
     static constexpr int WRITES = 0, LOADS_AFTER = 0;
-    static constexpr u32 AHEAD = 1;
     const Matrix& m;
     float* out;  // [n_cols]
     Patches patches;
@@ -516,7 +514,6 @@ struct DotSink {
     static constexpr int TILE_BYTES = FORMAT == INT8 ? EARLY_BYTES : 256;
     static constexpr bool MASKS = FORMAT != INT8;
     static constexpr int WRITES = 0, LOADS_AFTER = 0;
-    static constexpr u32 AHEAD = 1;
     const Matrix& m;
     // Shared, the columns four by four. int8: high 4, low 4; fp8: f32; bf16: high 4, low 4. Behind them, what a sum is worth (double), and zeros.
     const u8* x;
@@ -756,7 +753,6 @@ struct TileSink {
     static constexpr int ELEMENT = FORMAT == INT8 ? 1 : 2;
     static constexpr bool MASKS = FORMAT != INT8;
     static constexpr int WRITES = 0, LOADS_AFTER = 1;
-    static constexpr u32 AHEAD = 1;
     const Matrix& m;
     Tiles tiles;
     Patches patches;

@@ -196,6 +196,16 @@ impl Cut {
         1 + u32::from(self.paired)
     }
 
+    /// The most blocks that one of so many warps of a team has, one after the other.
+    fn turns(&self, jobs: &[Job<'_>], team_warps: u32) -> u32 {
+        let together = self.together();
+        let of = |(job, n): (&Job<'_>, u32)| {
+            let n_blocks = job.0.n_row_blocks().div_ceil(n / together) * job.0.description.n_col_blocks;
+            n_blocks.div_ceil(together * team_warps)
+        };
+        jobs.iter().zip(self.n_ctas).map(of).max().unwrap_or(0)
+    }
+
     /// Thread blocks of the launch: those of a gated product have both matrices.
     fn all_ctas(&self, gated: bool) -> u32 {
         if gated { self.n_ctas[0] } else { self.n_ctas.iter().sum() }
@@ -788,17 +798,14 @@ impl EncodedKernels {
         let &Input { mut data, n_tokens, norm, eps, bf16 } = input;
         let n_cols = jobs[0].0.n_cols();
         let is_int8 = jobs[0].0.format == Format::Int8;
-        let kernels = &jobs[0].0.kernels;
-        let (operand_tokens, mut kernel) = match n_tokens {
-            1 => (0, &kernels.product),
+        let (units, n_tokens, bf16) = (scratch.units, n_tokens as u32, bf16.into());
+        let cut = self.cut(jobs, n_tokens, gated)?;
+        let one = &jobs[0].0.kernels;
+        let (operand_tokens, kernel) = match n_tokens {
+            1 => (0, one.product_few.as_ref().filter(|_| cut.few).unwrap_or(&one.product)),
             2..=8 => (8, &jobs[0].0.encoded_kernels()?.products[0]),
             _ => (16, &jobs[0].0.encoded_kernels()?.products[1]),
         };
-        let (units, n_tokens, bf16) = (scratch.units, n_tokens as u32, bf16.into());
-        let cut = self.cut(jobs, n_tokens, gated)?;
-        if let (true, Some(few)) = (cut.few, &kernels.product_few) {
-            kernel = few;
-        }
         let all_ctas = cut.all_ctas(gated);
         if n_tokens > 1 {
             let prepare = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
@@ -874,17 +881,10 @@ impl EncodedKernels {
         let pays = gated || jobs.len() == 1 && jobs[0].0.format != Format::Int8;
         cut.paired = !small && !plain && pays && self.pairs(jobs, cut.n_ctas[0]);
         let together = cut.together();
-        // Where those take no more blocks one after the other; and of a small matrix where no multiprocessor has to take two of its thread blocks.
-        let turns = |warps: u32| {
-            let of = |(&n, m): (&u32, &DeviceMatrix)| {
-                (m.n_row_blocks().div_ceil(n / together) * m.description.n_col_blocks)
-                    .div_ceil(together * warps / n_teams)
-            };
-            cut.n_ctas.iter().zip(matrices()).map(of).max()
-        };
+        // Where those take no more turns; and of a small matrix where no multiprocessor has to take two of its thread blocks.
         let few = wanted.min(FEW_WARPS);
         cut.few = jobs[0].0.kernels.product_few.is_some()
-            && turns(few) <= turns(wanted)
+            && cut.turns(jobs, few / n_teams) <= cut.turns(jobs, wanted / n_teams)
             && (!small || PRODUCT_WARPS < wanted && cut.all_ctas(gated) <= n);
         let wanted = if cut.few { few } else { wanted };
         let deepest = cut.n_ctas.iter().zip(matrices()).map(|(&n, m)| m.n_row_blocks().div_ceil(n / together));
@@ -953,15 +953,11 @@ impl EncodedKernels {
         if small || n_decoders < DECODERS {
             return Ok(usual);
         }
-        // The most blocks that a decoder has, one after the other.
-        let depth = |cut: &Cut| {
-            let of = |(n_ctas, m): (&u32, &DeviceMatrix)| {
-                (m.n_row_blocks().div_ceil(*n_ctas) * m.description.n_col_blocks).div_ceil(cut.n_decoders / n_teams)
-            };
-            cut.n_ctas.iter().zip(matrices()).map(of).max()
-        };
         let wanted = (DECODERS..=MOST_DECODERS).step_by(n_teams as usize).filter(fits).map(cut_for);
-        Ok(wanted.filter(|cut| cut.n_ctas == usual.n_ctas).min_by_key(depth).unwrap_or(usual))
+        Ok(wanted
+            .filter(|cut| cut.n_ctas == usual.n_ctas)
+            .min_by_key(|cut| cut.turns(jobs, cut.n_decoders / n_teams))
+            .unwrap_or(usual))
     }
 
     /// Threads that prepare a token's activations. So many thread blocks as there are tokens should fit on the multiprocessors that the product leaves idle, two on
