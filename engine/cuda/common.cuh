@@ -18,6 +18,36 @@ __device__ __forceinline__ void start_next() {
 #endif
 }
 
+// Thread blocks of a cluster; 1 where GPUs have none.
+__device__ __forceinline__ uint32_t cluster_size() {
+    uint32_t n = 1;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+#endif
+    return n;
+}
+
+// Waits for all threads of the cluster that have not ended; what they wrote before is seen afterwards.
+__device__ __forceinline__ void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// What the cluster's thread block `block` has where `at` is in this one's shared memory.
+__device__ __forceinline__ float of_block(const float& at, uint32_t block) {
+#if __CUDA_ARCH__ >= 900
+    float value;
+    asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there];}"
+                 : "=f"(value) : "r"((uint32_t)__cvta_generic_to_shared(&at)), "r"(block));
+    return value;
+#else
+    return at;
+#endif
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
     for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;

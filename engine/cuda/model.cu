@@ -304,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_any(const __
 struct AttendOne {
     Heads heads;
     float* out;      // [n_heads, head_dim]
-    float* partial;  // [n_heads, gridDim.y, cached_dim + 2]: unfinished sums, their largest score and weight
+    float* partial;  // [n_heads, gridDim.y, cached_dim + 2]: clusters' unfinished sums, their largest score and weight
     uint32_t* done;  // [gridDim.x], zeros
     uint32_t window;
 };
@@ -313,27 +313,28 @@ constexpr uint32_t ONE_THREADS = 256, ONE_WARPS = ONE_THREADS / 32, ONE_TILE = 6
 
 // The same for one token, which place_heads has not seen: each block rotates its queries, and the one that comes to the
 // token's own position its key. blockIdx: heads, share of the positions. A thread has eight columns of every few positions; those
-// of the first tile are on their way before the activations are known. The last of the blocks that share heads joins their results.
+// of the first tile are on their way before the activations are known. The blocks that share heads are one cluster or several: those of one join what
+// they have through shared memory, and the last block what several clusters have.
 template <uint32_t DIM>
 __device__ __forceinline__ void attend_one(const AttendOne& p) {
     constexpr uint32_t OCTETS = DIM / 8, LOADS = ONE_TILE * OCTETS / ONE_THREADS;
     __shared__ float weights[ONE_HEADS][ONE_TILE];
-    __shared__ float largest[ONE_HEADS], rescale[ONE_HEADS], total[ONE_HEADS];
+    __shared__ float largest[ONE_HEADS], rescale[ONE_HEADS], total[ONE_HEADS], joined[ONE_HEADS * DIM];
     __shared__ __align__(16) __nv_bfloat16 own[2][DIM];  // the token's key and value
     __shared__ bool is_last;
     extern __shared__ float room[];  // [ONE_WARPS][ONE_HEADS][DIM]: queries, and at the end each warp's sums
+    start_next();
     const Heads& heads = p.heads;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, head_dim = heads.head_dim;
     const uint32_t group = heads.n_heads / heads.n_kv_heads, tiles_of_group = (group + ONE_HEADS - 1) / ONE_HEADS;
     const uint32_t kv_head = blockIdx.x / tiles_of_group, first_of_tile = blockIdx.x % tiles_of_group * ONE_HEADS;
     const uint32_t head = kv_head * group + first_of_tile, n = min(ONE_HEADS, group - first_of_tile);
-    // The kernels since the step began have seen it begin, and earlier positions are of earlier steps.
+    // Of a step, nothing starts before what reads its tokens has seen it begin; and earlier positions are of earlier steps.
     const uint32_t position = *(volatile const uint32_t*)heads.first_position;
     const uint32_t first = p.window && position + 1 > p.window ? position + 1 - p.window : 0;
     const uint32_t n_tiles = (position + 1 - first + ONE_TILE - 1) / ONE_TILE, n_shares = min(n_tiles, gridDim.y);
     if (blockIdx.y >= n_shares) {
         wait_for_previous();
-        start_next();
         return;
     }
 
@@ -352,7 +353,6 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
     load(heads.values, blockIdx.y, v);
     const Angles<(DIM + 63) / 64> angles(heads, position);
     wait_for_previous();
-    start_next();
 
     const bool has_own = (n_tiles - 1) % n_shares == blockIdx.y;
     const float root = rsqrtf(head_dim);
@@ -452,43 +452,60 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
         }
     }
     __syncthreads();
-    auto share_of = [&](uint32_t h, uint32_t share) {
-        return p.partial + (size_t(head + h) * gridDim.y + share) * (DIM + 2);
-    };
-    auto put = [&](uint32_t i, float value) {
-        if (i % DIM < head_dim) p.out[size_t(head + i / DIM) * head_dim + i % DIM] = value;
-    };
     for (uint32_t i = threadIdx.x; i < n * DIM; i += ONE_THREADS) {
         float sum = 0;
 #pragma unroll
         for (uint32_t w = 0; w < ONE_WARPS; w++) sum += room[w * ONE_HEADS * DIM + i];
-        if (n_shares == 1) put(i, sum / total[i / DIM]);
-        else share_of(i / DIM, blockIdx.y)[i % DIM] = sum;
+        joined[i] = sum;
     }
-    if (n_shares == 1) return;
-    if (threadIdx.x < n) {
-        share_of(threadIdx.x, blockIdx.y)[DIM] = largest[threadIdx.x];
-        share_of(threadIdx.x, blockIdx.y)[DIM + 1] = total[threadIdx.x];
+    // Sums that `n_parts` have, each of them those of the largest score that it has come to: of(part).
+    struct Sums {
+        float largest, weight, sum;
+    };
+    auto join = [](uint32_t n_parts, auto of) {
+        Sums all{-INFINITY, 0, 0};
+#pragma unroll 4
+        for (uint32_t part = 0; part < n_parts; part++) all.largest = fmaxf(all.largest, of(part).largest);
+#pragma unroll 4
+        for (uint32_t part = 0; part < n_parts; part++) {
+            const Sums one = of(part);
+            const float factor = expf(one.largest - all.largest);
+            all.sum += factor * one.sum, all.weight += factor * one.weight;
+        }
+        return all;
+    };
+    auto put = [&](uint32_t i, Sums all) {
+        if (i % DIM < head_dim) p.out[size_t(head + i / DIM) * head_dim + i % DIM] = all.sum / all.weight;
+    };
+    // A cluster's blocks take turns at its columns.
+    const uint32_t size = cluster_size(), cluster = blockIdx.y / size, n_clusters = (n_shares + size - 1) / size;
+    const uint32_t n_blocks = min(size, n_shares - cluster * size);
+    sync_cluster();
+    for (uint32_t i = threadIdx.x * n_blocks + blockIdx.y % size; i < n * DIM; i += ONE_THREADS * n_blocks) {
+        const uint32_t h = i / DIM;
+        const Sums all = join(n_blocks, [&](uint32_t b) { return Sums{of_block(largest[h], b), of_block(total[h], b), of_block(joined[i], b)}; });
+        if (n_clusters == 1) {
+            put(i, all);
+            continue;
+        }
+        float* to = p.partial + (size_t(head + h) * gridDim.y + cluster) * (DIM + 2);
+        to[i % DIM] = all.sum;
+        if (i % DIM == 0) to[DIM] = all.largest, to[DIM + 1] = all.weight;
     }
-    __threadfence();
-    __syncthreads();
+    if (n_clusters > 1) __threadfence();
+    sync_cluster();  // none ends while others read what it has
+    if (n_clusters == 1) return;
     if (threadIdx.x == 0) is_last = atomicAdd(&p.done[blockIdx.x], 1) == n_shares - 1;
     __syncthreads();
     if (!is_last) return;
     __threadfence();
     if (threadIdx.x == 0) p.done[blockIdx.x] = 0;
     for (uint32_t i = threadIdx.x; i < n * DIM; i += ONE_THREADS) {
-        float best = -INFINITY, sum = 0, weight = 0;
-#pragma unroll 4
-        for (uint32_t share = 0; share < n_shares; share++) best = fmaxf(best, __ldcg(share_of(i / DIM, share) + DIM));
-#pragma unroll 4
-        for (uint32_t share = 0; share < n_shares; share++) {
-            const float* from = share_of(i / DIM, share);
-            const float factor = expf(__ldcg(from + DIM) - best);
-            sum += factor * __ldcg(from + i % DIM);
-            weight += factor * __ldcg(from + DIM + 1);
-        }
-        put(i, sum / weight);
+        const float* from = p.partial + size_t(head + i / DIM) * gridDim.y * (DIM + 2);
+        put(i, join(n_clusters, [&](uint32_t c) {
+            const float* one = from + c * (DIM + 2);
+            return Sums{__ldcg(one + DIM), __ldcg(one + DIM + 1), __ldcg(one + i % DIM)};
+        }));
     }
 }
 

@@ -301,8 +301,9 @@ fn a_trained_model_agrees_with_the_cpu_and_tells_the_same_tales_encoded_and_plai
     let Some(plain) = on_cuda(&config, &source) else { return };
     let Some(encoded) = on_cuda(&config, &source.0) else { return };
     let cpu = on_cpu(&config, &source);
-    compare(LOSSLESS, "tales-5m", &cpu, &plain, 300.min(config.max_positions));
-    compare(LOSSLESS, "tales-5m, encoded", &cpu, &encoded, 300.min(config.max_positions));
+    // As many positions as several clusters of thread blocks share.
+    compare(LOSSLESS, "tales-5m", &cpu, &plain, 600.min(config.max_positions));
+    compare(LOSSLESS, "tales-5m, encoded", &cpu, &encoded, 600.min(config.max_positions));
 
     let tokenizer = Tokenizer::open(&dir).unwrap();
     let options = GenerateOptions { max_tokens: 256, ignore_eos: true, ..GenerateOptions::default() };

@@ -174,6 +174,8 @@ pub struct Cache {
     values: CudaSlice<u16>,
     /// Blocks that share the positions of a token where it is alone.
     n_shares: u32,
+    /// So many of them are a cluster.
+    cluster: u32,
     /// What they hand to the last of them, and how many are done.
     partial: CudaSlice<f32>,
     done: CudaSlice<u32>,
@@ -502,12 +504,13 @@ impl Backend for CudaBackend {
                 format!("attention heads have {head_dim} elements; the GPU's kernels take up to {most}"),
             ));
         }
-        let CacheSizes { values, n_shares, partial, done } = CacheSizes::new(&self.device, &shape);
+        let CacheSizes { values, n_shares, cluster, partial, done } = CacheSizes::new(&self.device, &shape);
         Ok(Cache {
             shape,
             keys: self.device.zeros(values)?,
             values: self.device.zeros(values)?,
             n_shares: n_shares as u32,
+            cluster: cluster as u32,
             partial: self.device.zeros(partial)?,
             done: self.device.zeros(done)?,
         })
@@ -666,9 +669,10 @@ impl Backend for CudaBackend {
             let n_blocks = head_blocks(&cache.shape, ops::ONE_HEADS) as u32;
             let grid = Grid { blocks: (n_blocks, cache.n_shares, 1), threads: ops::ONE_THREADS, shared_bytes };
             let which = ops::CACHED_DIMS.iter().position(|&dim| dim == cached_dim).unwrap_or(0);
+            let (kernel, cluster) = (&self.kernels.attend_one[which], (1, cache.cluster));
             // SAFETY: the buffers have a row of heads; the model checked that the cache has its position; what the
             // blocks share was made for so many of them.
-            return unsafe { self.device.launch(&self.kernels.attend_one[which], grid, &params) };
+            return unsafe { self.device.launch_clusters(kernel, grid, cluster, &params) };
         }
         let warps = (n_heads + 2 * n_kv_heads) as u32;
         let grid =
@@ -818,6 +822,7 @@ struct CacheSizes {
     /// Of the keys, and of the values.
     values: usize,
     n_shares: usize,
+    cluster: usize,
     partial: usize,
     done: usize,
 }
@@ -828,8 +833,10 @@ impl CacheSizes {
         let (cached_dim, n_blocks) = (cached_dim(shape), head_blocks(shape, ops::ONE_HEADS));
         let n_shares = capacity.div_ceil(ops::ONE_TILE);
         let n_shares = n_shares.min(2 * device.n_multiprocessors() as usize / n_blocks).max(1);
+        let cluster = if device.has_clusters() { n_shares.min(ops::ONE_CLUSTER) } else { 1 };
+        let n_shares = n_shares / cluster * cluster;
         let partial = n_heads * n_shares * (cached_dim + 2);
-        Self { values: n_kv_heads * capacity * cached_dim, n_shares, partial, done: n_blocks }
+        Self { values: n_kv_heads * capacity * cached_dim, n_shares, cluster, partial, done: n_blocks }
     }
 }
 

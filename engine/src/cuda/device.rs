@@ -219,23 +219,23 @@ impl Device {
     /// `params` has the layout that the kernel declares, and its pointers have the room that the kernel takes.
     pub(super) unsafe fn launch<P: Copy>(&self, kernel: &CudaFunction, grid: Grid, params: &P) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.launch_paired(kernel, grid, false, params) }
+        unsafe { self.launch_clusters(kernel, grid, (1, 1), params) }
     }
 
-    /// The same; `paired`: blocks two by two are clusters, on a GPU that [has them](Self::has_clusters).
+    /// The same, with clusters of so many blocks along x and y: of one, on a GPU that does not [have them](Self::has_clusters).
     ///
     /// # Safety
     /// As of [`Self::launch`].
-    pub(super) unsafe fn launch_paired<P: Copy>(
+    pub(super) unsafe fn launch_clusters<P: Copy>(
         &self,
         kernel: &CudaFunction,
         grid: Grid,
-        paired: bool,
+        cluster: (u32, u32),
         params: &P,
     ) -> Result<()> {
         self.context.bind_to_thread().map_err(failed("binding the GPU to a thread"))?;
         let attribute = |id, value| sys::CUlaunchAttribute { id, pad: Default::default(), value };
-        let cluster = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: 2, y: 1, z: 1 };
+        let dim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: cluster.0, y: cluster.1, z: 1 };
         let mut attributes = [
             attribute(
                 sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -243,7 +243,7 @@ impl Device {
             ),
             attribute(
                 sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-                sys::CUlaunchAttributeValue { clusterDim: cluster },
+                sys::CUlaunchAttributeValue { clusterDim: dim },
             ),
         ];
         let config = sys::CUlaunchConfig {
@@ -256,7 +256,7 @@ impl Device {
             sharedMemBytes: grid.shared_bytes,
             hStream: self.stream.cu_stream(),
             attrs: attributes.as_mut_ptr(),
-            numAttrs: u32::from(self.has_clusters()) + u32::from(paired),
+            numAttrs: u32::from(self.has_clusters()) + u32::from(cluster != (1, 1)),
         };
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         // SAFETY: the configuration and the argument live until the call returns, which copies them.

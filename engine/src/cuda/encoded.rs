@@ -842,7 +842,7 @@ impl EncodedKernels {
         launch.raw_words = raw_words(u64::from(all_ctas * cut.n_decoders).min(n_blocks));
         let grid = Grid { blocks: (all_ctas, 1, 1), threads: 32 * cut.n_warps, shared_bytes: cut.shared_bytes };
         // SAFETY: the structures are the kernels', the pointers those of validated tensors, the buffers the caller's promise.
-        unsafe { device.launch_paired(kernel, grid, cut.paired, &launch) }
+        unsafe { device.launch_clusters(kernel, grid, (cut.together(), 1), &launch) }
     }
 
     /// How a launch of products is cut: which thread blocks, with whole row blocks each, of how many warps.

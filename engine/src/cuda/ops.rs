@@ -19,6 +19,9 @@ pub(super) const ONE_HEADS: usize = 2;
 /// The same of [`Attend`].
 pub(super) const TILE_HEADS: usize = 8;
 
+/// Blocks of a cluster of [`AttendOne`], at most. Larger ones wait longer for their room.
+pub(super) const ONE_CLUSTER: usize = 4;
+
 /// Bytes of shared memory that a block of [`AttendOne`] takes.
 pub(super) fn one_bytes(cached_dim: usize) -> u32 {
     (4 * ONE_WARPS * ONE_HEADS * cached_dim) as u32
