@@ -230,7 +230,6 @@ struct Stream {
     __device__ __forceinline__ Stream(const Matrix& m, u32 block, u32 end) : begin(offset_at(m, block)), end(offset_at(m, end)) {}
 };
 
-constexpr u32 EARLY_UNITS = 16, EARLY_BYTES = EARLY_UNITS * 128;  // see decode_parts
 constexpr u32 CHUNK = 512;
 // Chunks that a warp asks for where it begins. All do so at once, and what they ask for comes after what others asked for before: so as little as will do.
 constexpr u32 FIRST_CHUNKS = 2;
@@ -345,10 +344,13 @@ struct Reader {
 using ProductReader = Reader<4>;
 constexpr u32 RING_BYTES = ProductReader::BYTES;
 
+// A block's raw bits.
+__device__ __forceinline__ const u32* raw_of(const Matrix& m, u32 i, u32 j) { return m.raw + (u64)(i * m.n_units + j * (m.block_cols / 32)) * m.raw_bits * 32; }
+
 // Brings a block's first raw bits as near as the L2 cache: those of two units, or, if that is more, `most` words a lane.
 __device__ __forceinline__ void prefetch_raw(const Matrix& m, u32 i, u32 j, u32 lane, u32 most) {
-    const u32 units = m.block_cols / 32, first = j * units, lines = min(min(units, m.n_units - first) * m.raw_bits, max(most, 2u * m.raw_bits));
-    const u32* raw = m.raw + (u64)(i * m.n_units + first) * m.raw_bits * 32;
+    const u32 units = m.block_cols / 32, lines = min(min(units, m.n_units - j * units) * m.raw_bits, max(most, 2u * m.raw_bits));
+    const u32* raw = raw_of(m, i, j);
     for (u32 l = lane; l < lines; l += 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(raw + l * 32));
 }
 
@@ -476,8 +478,8 @@ __device__ __forceinline__ void decode_blocks(const Matrix& m, Reader<CHUNKS>& r
 
 // The same in two parts, for codes with parts of one bit, eight a symbol: what depends on the stream, before the activations are known, and what depends on
 // them. Between them the parts of a unit stand in `parts`, a word a lane, those of step s at bits 2s (second quad) and 2s + 1 (first) of its bytes, or with
-// k = 4 at bits s (first) and s + 4.
-__device__ __forceinline__ void decode_parts(const Matrix& m, ProductReader& reader, u32 table, u32 lane, u32 units, u32 parts) {
+// k = 4 at bits s (first) and s + 4; and the block's first raw bits, RING_BYTES of them, where its stream was.
+__device__ __forceinline__ void decode_parts(const Matrix& m, ProductReader& reader, u32 table, u32 lane, u32 i, u32 j, u32 units, u32 parts) {
     reader.begin(m, lane);
     const u32 stride = m.raw_bits == 4 ? 1 : 2, place = m.raw_bits - stride;
 #pragma unroll 2
@@ -490,39 +492,56 @@ __device__ __forceinline__ void decode_parts(const Matrix& m, ProductReader& rea
     }
     wait_copies<0>();
     __syncwarp();
+    const u32 bytes = min(units * m.raw_bits * 128, RING_BYTES);
+    const u8* from = (const u8*)raw_of(m, i, j);
+    for (u32 at = lane * 16; at < bytes; at += 512) copy_async(reader.ring + at, from + at);
+    commit_copies();
 }
 
 template <class C, class Sink>
-__device__ __forceinline__ void finish_parts(const Matrix& m, u32 parts, u32 lane, u32 i, u32 j, Sink& sink) {
+__device__ __forceinline__ void finish_parts(const Matrix& m, u32 lane, u32 i, u32 j, u32 units, u32 parts, u32 ring, Sink& sink) {
     if constexpr (C::G == 8 && C::FIXED) {
-        constexpr int AHEAD = C::K < 5 ? 3 : 2;  // units of raw bits on their way
-        const u32 first_unit = j * (m.block_cols / 32);
-        const u32 units = min(m.block_cols / 32, m.n_units - first_unit);
-        const u32* from = m.raw + (u64)(i * m.n_units + first_unit) * C::K * 32 + lane;
-        u32 raw[AHEAD][C::N_RAW];
+        // Units whose raw bits are in shared memory, and how many of the others' are on their way.
+        constexpr u32 THERE = RING_BYTES / (128 * C::K), AHEAD = C::K < 5 ? 3 : 2;
+        const u32* from = raw_of(m, i, j) + THERE * C::K * 32 + lane;
+        u32 ahead[AHEAD][C::N_RAW];
         Grids grids;
-        auto load = [&](u32 u, u32 (&to)[C::N_RAW]) {
+        auto load = [&](u32 u, u32 (&to)[C::N_RAW]) INLINE {
+            if (u >= units) return;
 #pragma unroll
-            for (int b = 0; b < C::K; b++) to[b] = u < units ? __ldcs(from + (u * C::K + b) * 32) : 0;
+            for (int b = 0; b < C::K; b++) to[b] = __ldcs(from + b * 32);
+            from += C::K * 32;
+        };
+        auto unit = [&](u32 u, const u32 (&raw)[C::N_RAW]) INLINE {
+            u32 word, y[4];
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(parts + u * 128 + lane * 4));
+#pragma unroll
+            for (int s = 0; s < 4; s++) y[s] = shift(word, C::K == 4 ? 3 - s : C::K - 2 - 2 * s) & (C::K == 4 && C::TRELLIS ? bytes(0x88) : FULL);
+#pragma unroll
+            for (int q = 0; q < 8; q++) {
+                const Quad codes = C::assemble(y, raw, q);
+                sink.quad(u, q, C::TRELLIS ? grids.values(codes) : codes, std::true_type());
+            }
+            sink.end_unit(u);
         };
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) load(a, raw[a]);
-        for (u32 first = 0; first < units; first += AHEAD) {
+        for (u32 a = 0; a < AHEAD; a++) load(THERE + a, ahead[a]);
+        wait_copies<0>();
+        __syncwarp();
+#pragma unroll 1
+        for (u32 u = 0; u < min(units, THERE); u++) {
+            u32 raw[C::N_RAW];
 #pragma unroll
-            for (int a = 0; a < AHEAD; a++) {
-                const u32 u = first + a;
-                if (u >= units) break;
-                u32 word, y[4];
-                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(parts + u * 128 + lane * 4));
+            for (int b = 0; b < C::K; b++) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(raw[b]) : "r"(ring + (u * C::K + b) * 128 + lane * 4));
+            unit(u, raw);
+        }
+#pragma unroll 1
+        for (u32 first = THERE; first < units; first += AHEAD) {
 #pragma unroll
-                for (int s = 0; s < 4; s++) y[s] = shift(word, C::K == 4 ? 3 - s : C::K - 2 - 2 * s) & (C::K == 4 && C::TRELLIS ? bytes(0x88) : FULL);
-#pragma unroll
-                for (int q = 0; q < 8; q++) {
-                    const Quad codes = C::assemble(y, raw[a], q);
-                    sink.quad(u, q, C::TRELLIS ? grids.values(codes) : codes, std::true_type());
-                }
-                sink.end_unit(u);
-                load(u + AHEAD, raw[a]);
+            for (u32 a = 0; a < AHEAD; a++) {
+                if (first + a >= units) break;
+                unit(first + a, ahead[a]);
+                load(first + a + AHEAD, ahead[a]);
             }
         }
         __syncwarp();

@@ -6,6 +6,7 @@
 #include "decode.cuh"
 
 constexpr u32 MAX_TASKS = 8;
+constexpr u32 SCRATCH_BYTES = 256;  // of a warp that multiplies, behind its ring
 constexpr u32 MAX_ROWS = 128;  // row blocks of a thread block that multiplies
 
 // One tensor's part of a launch. engine/src/cuda/encoded.rs has the same structure, and the next.
@@ -33,11 +34,11 @@ struct Launch {
     u32 n_slots;          // one token: of sums, of a task and thread block
     u8 n_tasks, n_tokens;
     u8 gated;             // there are two products of as many rows, of which each thread block has both; the first one's output is silu(first) * second
-    u8 early;             // no warp has more than one block, whose codes are decoded before the activations are known
     u8 bf16;              // the activations of one token, biases and products are bf16, not f32
     u8 n_decoders;        // more than one token: the warps that decode
     u8 raw_words;         // see prefetch_raw
     u8 paired;            // one token: thread blocks two by two, each two a cluster, have row blocks together
+    u16 window;           // EARLY: bytes of each warp's ring and parts
     Task tasks[MAX_TASKS];
 };
 
@@ -511,7 +512,6 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
 template <int FORMAT, u32 GROUPS = 1>
 struct DotSink {
     static constexpr u32 ROWS = 32 / GROUPS;
-    static constexpr int TILE_BYTES = FORMAT == INT8 ? EARLY_BYTES : 256;
     static constexpr bool MASKS = FORMAT != INT8;
     static constexpr int WRITES = 0, LOADS_AFTER = 0;
     const Matrix& m;
@@ -1068,12 +1068,14 @@ struct Cut {
 // Lane's row, which is `row`, of the cut's row block r of the product with a token: the sums of the warps that share it, in their order, times what they
 // are worth, and the bias.
 template <int FORMAT, u32 ROWS>
-__device__ __forceinline__ float add_up(const Launch& launch, const Task& task, const Cut& cut, u32 slots, u32 r, u32 token, u32 row, float scale, double unit) {
-    const u32 lane = threadIdx.x % 32 % ROWS, last = cut.slots[r][1];
+__device__ __forceinline__ float add_up(const Launch& launch, const Task& task, const Cut& cut, u32 slots, u32 r, u32 token, u32 n_tokens, u32 row, float scale, double unit) {
+    const u32 lane = threadIdx.x % ROWS, n = cut.slots[r][1] + 1 - cut.slots[r][0];
     typename std::conditional<FORMAT == INT8, i64, double>::type sum = 0;
-    for (u32 s = cut.slots[r][0]; s <= last; s++) {
+    slots += ((cut.slots[r][0] * n_tokens + token) * ROWS + lane) * 8;
+#pragma unroll 4
+    for (u32 s = 0; s < n; s++) {
         u64 bits;
-        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(slots + ((s * launch.n_tokens + token) * ROWS + lane) * 8) : "memory");
+        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(slots + s * n_tokens * (ROWS * 8)));
         if constexpr (FORMAT == INT8) sum += (i64)bits;
         else sum += __longlong_as_double((i64)bits);
     }
@@ -1083,50 +1085,59 @@ __device__ __forceinline__ float add_up(const Launch& launch, const Task& task, 
 
 // The end of products: once all warps have left their sums in the slots, at `slots` (those of a second, gated product `slots_bytes` behind), the row blocks
 // and tokens are shared out anew. unit(token): what a token's sums are worth. All threads call it.
-template <int FORMAT, u32 ROWS, class Unit>
+template <int FORMAT, u32 ROWS, bool ONE, class Unit>
 __device__ __forceinline__ void put_out(const Launch& launch, const Task& task, const Cut (&cuts)[2], u32 slots, u32 slots_bytes, u32 paired, Unit unit_of) {
-    const u32 lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
+    const u32 lane = threadIdx.x % ROWS;
     const Task& task0 = launch.gated ? launch.tasks[0] : task;
     const Task& task1 = launch.tasks[1];
-    const u32 n_tokens = launch.n_tokens, n_items = cuts[0].n_rows * n_tokens, n_rows = task0.matrix.n_rows;
-    u32 item = threadIdx.x / 32;
-    auto row_of = [&]() INLINE { return lane < ROWS ? (cuts[0].first_row + item / n_tokens) * ROWS + lane : n_rows; };
+    const u32 n_tokens = ONE ? 1 : launch.n_tokens, n_items = cuts[0].n_rows * n_tokens, n_rows = task0.matrix.n_rows;
+    u32 item = threadIdx.x / ROWS;
+    auto row_of = [&]() INLINE { return (cuts[0].first_row + item / n_tokens) * ROWS + lane; };
     auto scale = [&](const Task& of) INLINE { return item < n_items && row_of() < n_rows ? scale_of<FORMAT>(of.matrix, row_of()) : 0; };
-    // What the sums are worth is asked for before they are there.
-    float scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0;
+    auto place = [&]() INLINE { return (u64)(item % n_tokens) * n_rows + row_of(); };
+    auto added = [&]() INLINE { return task0.adds && item < n_items && row_of() < n_rows ? ((const float*)task0.out)[place()] : -0.0f; };
+    // What the sums are worth, and what they are added to, is asked for before they are there.
+    float scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0, sum = added();
     if (paired) arrive_paired(), wait_paired();
     __syncthreads();
     while (item < n_items) {
         const u32 r = item / n_tokens, token = item % n_tokens, row = row_of();
         const double unit = unit_of(token);
-        float y = add_up<FORMAT, ROWS>(launch, task0, cuts[0], slots, r, token, row, scale0, unit);
-        if (launch.gated) y = add_up<FORMAT, ROWS>(launch, task1, cuts[1], slots + slots_bytes, r, token, row, scale1, unit) * (y / (1 + expf(-y)));
+        float y = add_up<FORMAT, ROWS>(launch, task0, cuts[0], slots, r, token, n_tokens, row, scale0, unit);
+        if (launch.gated) y = add_up<FORMAT, ROWS>(launch, task1, cuts[1], slots + slots_bytes, r, token, n_tokens, row, scale1, unit) * (y / (1 + expf(-y)));
         if (row < n_rows) {
-            const u64 at = (u64)token * n_rows + row;
-            float* out = (float*)task0.out + at;
-            if (launch.bf16) ((__nv_bfloat16*)task0.out)[at] = __float2bfloat16_rn(y);
-            else *out = task0.adds ? *out + y : y;
+            if (launch.bf16) ((__nv_bfloat16*)task0.out)[place()] = __float2bfloat16_rn(y);
+            else ((float*)task0.out)[place()] = sum + y;
         }
-        item += n_warps;
-        scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0;
+        item += blockDim.x / ROWS;
+        scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0, sum = added();
     }
 }
 
 // Products with one token: a thread block (or two, if paired) has whole row blocks, of which the warps take shares that are as even as can be, and adds up what
-// they leave. `with` is with_codec or its like; PLAIN: the matrices are not encoded, and `with` is nothing. Shared memory: the table (two with `gated`, where half
-// of the warps are each product's), the warps' rings and tiles, slots of sums, and what the sink keeps.
-template <int FORMAT, bool PLAIN = false, class With>
+// they leave. `with` is with_codec or its like. Shared memory: the table (two with `gated`, where half of the warps are each product's), the warps' rings and
+// scratch, slots of sums, and what the sink keeps.
+enum Way {
+    ENCODED,
+    EARLY,  // no warp has more than one block, of which as much is decoded before the activations are known as does not depend on them
+    PLAIN,  // the matrices are not encoded, and `with` is nothing
+};
+template <int FORMAT, Way WAY = ENCODED, class With>
 __device__ __forceinline__ void multiply(const Launch& launch, With with) {
-    using Sink = DotSink<FORMAT, PLAIN ? 4 : 1>;
-    constexpr u32 ROWS = Sink::ROWS, WINDOW = PLAIN ? PlainReader::BYTES : RING_BYTES + Sink::TILE_BYTES;
+    // At once where most is done before the wait, so that it lies beside what other kernels wait for. Elsewhere that gains nothing, and thread blocks of the
+    // kernels on the way gather on few multiprocessors.
+    if (WAY != ENCODED) start_next();
+    using Sink = DotSink<FORMAT, WAY == PLAIN ? 4 : 1>;
+    constexpr u32 ROWS = Sink::ROWS;
+    const u32 window = WAY == PLAIN ? PlainReader::BYTES : WAY == EARLY ? launch.window : RING_BYTES + SCRATCH_BYTES;
     const u32 lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), n_warps = blockDim.x / 32;
     const u32 team_warps = launch.gated ? n_warps / 2 : n_warps, team = warp / team_warps, n_teams = launch.gated ? 2 : 1;
     const Task& task = launch.gated ? launch.tasks[team] : find_task(launch);
     const Matrix& m = task.matrix;
-    const u32 team_warp = warp - team * team_warps, paired = PLAIN ? 0 : launch.paired;
+    const u32 team_warp = warp - team * team_warps, paired = WAY == ENCODED ? launch.paired : 0;
     const u32 shared = (u32)__cvta_generic_to_shared(shared_memory), table = shared + team * launch.table_bytes;
-    const u32 ring = shared + n_teams * launch.table_bytes + warp * WINDOW;
-    const u32 slots_at = n_teams * launch.table_bytes + n_warps * WINDOW;
+    const u32 ring = shared + n_teams * launch.table_bytes + warp * window, scratch = ring + RING_BYTES;
+    const u32 slots_at = n_teams * launch.table_bytes + n_warps * window;
     constexpr u32 slot_bytes = ROWS * 8;
     const u32 slots_bytes = launch.n_slots * slot_bytes;
     // What depends on no other kernel: the table, and the first blocks' bytes.
@@ -1135,9 +1146,9 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     if (paired) arrive_paired();
     const Share share(task, team_warp, team_warps, paired);
     const u32 i = share.i, j = share.j, n_blocks = share.n_blocks, block = i * m.n_col_blocks + j;
-    typename std::conditional<PLAIN, PlainReader, ProductReader>::type reader;
+    typename std::conditional<WAY == PLAIN, PlainReader, ProductReader>::type reader;
     Stream stream;
-    if constexpr (PLAIN) {
+    if constexpr (WAY == PLAIN) {
         if (n_blocks) reader.open(m, i, j, n_blocks, ring);
     } else {
         stream = Stream(m, block, block + n_blocks);
@@ -1154,34 +1165,28 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
             slots[0] = part.owner(r * m.n_col_blocks) + r, slots[1] = part.owner((r + 1) * m.n_col_blocks - 1) + r;
         });
     }
-    Sink sink(task, ring + RING_BYTES, shared + slots_at + team * slots_bytes + share.slot * slot_bytes, paired, cuts[team].first_row, lane);
+    Sink sink(task, scratch, shared + slots_at + team * slots_bytes + share.slot * slot_bytes, paired, cuts[team].first_row, lane);
     sink.look_ahead(launch);
     // While the kernel before this one is at work.
-    const bool early = FORMAT == INT8 && launch.early;
-    if constexpr (!PLAIN) {
-        if (early) {
-            wait_for_table(n_blocks);
-            __syncthreads();
-            if (n_blocks) decode_parts(m, reader, table, lane, units_of(m, j, n_blocks), ring + RING_BYTES);
-        }
+    if constexpr (WAY == EARLY) {
+        wait_for_table(n_blocks);
+        __syncthreads();
+        if (n_blocks) decode_parts(m, reader, table, lane, i, j, units_of(m, j, n_blocks), scratch);
     }
     wait_for_previous();
-    // Not before: of three kernels on the way at once, some multiprocessors would get several thread blocks, others none.
-    start_next();
+    if (WAY == ENCODED) start_next();
     Input input(launch.x, launch.norm, launch.bf16, m.n_cols);
     sink.prepare(launch, input, shared_memory + slots_at + n_teams * slots_bytes);
-    if constexpr (!PLAIN) {
-        if (!early) wait_for_table(n_blocks);
-    }
+    if constexpr (WAY == ENCODED) wait_for_table(n_blocks);
     if (paired) wait_paired();
     __syncthreads();
-    if constexpr (PLAIN) {
+    if constexpr (WAY == PLAIN) {
         if (n_blocks) reader.read(m, i, j, n_blocks, sink);
     } else if (n_blocks) {
         with(task.codec, [&](auto codec) INLINE {
-            if (early) {
+            if constexpr (WAY == EARLY) {
                 sink.begin_block(i, j);
-                finish_parts<decltype(codec)>(m, ring + RING_BYTES, lane, i, j, sink);
+                finish_parts<decltype(codec)>(m, lane, i, j, units_of(m, j, n_blocks), scratch, ring, sink);
                 sink.end_block();
                 sink.end_row(i);
             } else {
@@ -1189,7 +1194,7 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
             }
         });
     }
-    put_out<FORMAT, ROWS>(launch, task, cuts, shared + slots_at, slots_bytes, paired, [&](u32) INLINE { return sink.unit(); });
+    put_out<FORMAT, ROWS, true>(launch, task, cuts, shared + slots_at, slots_bytes, paired, [&](u32) INLINE { return sink.unit(); });
 }
 
 // Products with 2 to 16 tokens: the first `n_decoders` warps decode, their blocks shared out as for one token, and the others multiply. What is decoded depends
@@ -1252,7 +1257,7 @@ __device__ __forceinline__ void multiply_many(const Launch& launch, With with) {
         __syncthreads();
         multiplier.put(windows + team * slots_bytes + place * slot_bytes, launch.n_tokens);
     }
-    put_out<FORMAT, 32>(launch, task, cuts, windows, slots_bytes, 0, [&](u32 token) INLINE { return FORMAT == INT8 ? launch.units[token] : 1; });
+    put_out<FORMAT, 32, false>(launch, task, cuts, windows, slots_bytes, 0, [&](u32 token) INLINE { return FORMAT == INT8 ? launch.units[token] : 1; });
 }
 
 // One warp a token and column block; grid (column blocks, tokens).
@@ -1300,13 +1305,23 @@ __device__ __forceinline__ void with_trellis(u32 codec, F f) {
 #undef CODEC
 }
 
+// Those of either with eight parts a symbol.
+template <bool TRELLIS, class F>
+__device__ __forceinline__ void with_eights(u32 codec, F f) {
+#define CODEC(K) case 8 << 4 | K: return f(Codec<INT8, 8, K, TRELLIS>());
+    switch (codec) { CODEC(3) CODEC(4) CODEC(5) CODEC(6) }
+    if constexpr (!TRELLIS) switch (codec) { CODEC(7) }
+#undef CODEC
+}
+
 template <int FORMAT, class F>
 __device__ __forceinline__ void with_any(u32, F f) { f(Codec<FORMAT, ANY, ANY>()); }
 
-#define KERNEL(THREADS, name, WITH, ...)                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) name(const __grid_constant__ Launch l) { \
-        __VA_ARGS__(l, [](u32 codec, auto f) INLINE { WITH(codec, f); });                             \
+#define KERNEL_WITH(LIMIT, name, WITH, ...)                                   \
+    extern "C" __global__ void LIMIT name(const __grid_constant__ Launch l) { \
+        __VA_ARGS__(l, [](u32 codec, auto f) INLINE { WITH(codec, f); });     \
     }
+#define KERNEL(THREADS, ...) KERNEL_WITH(__launch_bounds__(THREADS, 1), __VA_ARGS__)
 // As many threads as there are registers for; those that decode to rows are as many warps as have room for a tile, with half as many registers again.
 #define KERNELS(FORMAT, name, WITH)                                                            \
     KERNEL(640, decode_codes_##name, WITH, decode_shares<FORMAT, DenseSink<FORMAT, false>>)    \
@@ -1323,12 +1338,15 @@ KERNELS(FP8, fp8, with_codec<FP8>)
 KERNELS(FP8, fp8_any, with_any<FP8>)
 KERNELS(BF16, bf16, with_codec<BF16>)
 KERNELS(BF16, bf16_any, with_any<BF16>)
+// With so few registers that 42 warps fit on a multiprocessor: those of the kernels that follow decode while one waits.
+KERNEL_WITH(__maxnreg__(48), product_1_int8_early, with_eights<false>, multiply<INT8, EARLY>)
+KERNEL_WITH(__maxnreg__(48), product_1_int8_trellis_early, with_eights<true>, multiply<INT8, EARLY>)
 // For launches in which 28 warps take no more turns than 32 would: with registers for nearly all that those spill.
 KERNEL(896, product_1_bf16_few, with_codec<BF16>, multiply<BF16>)
 
 // One token's products of matrices that are not encoded. It just has the registers that it needs: one spilled to memory costs a tenth of a model's speed.
 extern "C" __global__ void __launch_bounds__(512, 2) product_plain(const __grid_constant__ Launch l) {
-    multiply<BF16, true>(l, nullptr);
+    multiply<BF16, PLAIN>(l, nullptr);
 }
 
 // ---------------------------------------------------------------- activations

@@ -21,16 +21,15 @@ pub(super) const PRODUCT_TOKENS: usize = 16;
 const MAX_TASKS: usize = 8;
 /// Warps of a thread block that multiplies, at least: they bring in the activations.
 const PRODUCT_WARPS: u32 = 8;
-/// Bytes of a warp where the codes of its first block wait for the activations (`EARLY_BYTES` in decode.cuh).
-const EARLY_BYTES: u32 = 2048;
-/// Columns of such a block, at most.
+/// Columns of a block whose codes may wait for the activations, at most.
 const EARLY_COLS: u32 = 512;
 /// How much of what a multiprocessor takes at once a product has at most that counts as small: a thread block for every row block then, so that several
 /// fit on a multiprocessor, those of the next kernel beside the last of this one. They decode early, which takes half as many instructions more, and
 /// costs nothing while other kernels leave the multiprocessor idle.
 const SMALL: f64 = 0.75;
-/// Bytes of a warp's window on its stream.
+/// Bytes of a warp's window on its stream, and of what else products of one token need.
 const RING_BYTES: u32 = 2560;
+const SCRATCH_BYTES: u32 = 256;
 /// What a decode to rows needs: a smaller window, and tiles where warps collect 256 bytes of 32 rows.
 const DENSE_NEEDS: Needs = Needs { warp_bytes: 2048 + 32 * 256, block_bytes: 0, warps: 20 };
 /// Rows and columns of a plain matrix's blocks: four groups of columns whose sums are float32 (`GROUP` in encoded.cu).
@@ -141,11 +140,11 @@ struct Launch {
     n_tasks: u8,
     n_tokens: u8,
     gated: u8,
-    early: u8,
     bf16: u8,
     n_decoders: u8,
     raw_words: u8,
     paired: u8,
+    window: u16,
     tasks: [Task; MAX_TASKS],
 }
 
@@ -186,6 +185,8 @@ struct Cut {
     paired: bool,
     /// One token: whether at most [`FEW_WARPS`] share the blocks, by the kernel for so many.
     few: bool,
+    /// One token, encoded matrices: `Launch::window`.
+    warp_bytes: u32,
     table_bytes: u32,
     shared_bytes: u32,
 }
@@ -259,6 +260,8 @@ struct Instance {
     product: CudaFunction,
     /// The same for at most [`FEW_WARPS`], where there is one.
     product_few: Option<CudaFunction>,
+    /// The same for one block a warp, which is decoded before the activations are known, where there is one.
+    product_early: Option<CudaFunction>,
     encoded: Option<EncodedInstance>,
 }
 
@@ -333,13 +336,24 @@ impl EncodedKernels {
                 products: [kernel("product_8", what)?, kernel("product_16", what)?],
             };
             let few = (what == Format::Bf16.name()).then(|| kernel("product_1", "bf16_few")).transpose()?;
-            Ok(Arc::new(Instance { product: kernel("product_1", what)?, product_few: few, encoded: Some(encoded) }))
+            let early = ["int8", "int8_trellis"].contains(&what).then(|| kernel("product_1", &format!("{what}_early")));
+            Ok(Arc::new(Instance {
+                product: kernel("product_1", what)?,
+                product_few: few,
+                product_early: early.transpose()?,
+                encoded: Some(encoded),
+            }))
         };
         let names = FORMATS.iter().flat_map(|format| [format.to_string(), format!("{format}_any")]);
         Ok(Self {
             instances: names.map(|what| instance(&what)).collect::<Result<_>>()?,
             trellis: instance("int8_trellis")?,
-            plain: Arc::new(Instance { product: kernel("product", "plain")?, product_few: None, encoded: None }),
+            plain: Arc::new(Instance {
+                product: kernel("product", "plain")?,
+                product_few: None,
+                product_early: None,
+                encoded: None,
+            }),
             prepare_int8: prepare("prepare_int8_mma")?,
             prepare_float: prepare("prepare_float_mma")?,
             shared_limit,
@@ -583,6 +597,11 @@ impl DeviceMatrix {
     fn decodes_early(&self) -> bool {
         self.format == Format::Int8 && self.codec >> 4 == 8 && self.description.block_cols <= EARLY_COLS
     }
+
+    /// Bytes of a warp that does: its window, and a bit of parts for each weight.
+    fn early_bytes(&self) -> u32 {
+        RING_BYTES + SCRATCH_BYTES.max(self.description.block_cols * BLOCK_ROWS as u32 / 8)
+    }
 }
 
 impl EncodedKernels {
@@ -802,6 +821,7 @@ impl EncodedKernels {
         let cut = self.cut(jobs, n_tokens, gated)?;
         let one = &jobs[0].0.kernels;
         let (operand_tokens, kernel) = match n_tokens {
+            1 if cut.early => (0, one.product_early.as_ref().unwrap_or(&one.product)),
             1 => (0, one.product_few.as_ref().filter(|_| cut.few).unwrap_or(&one.product)),
             2..=8 => (8, &jobs[0].0.encoded_kernels()?.products[0]),
             _ => (16, &jobs[0].0.encoded_kernels()?.products[1]),
@@ -824,7 +844,7 @@ impl EncodedKernels {
             Launch { n_tasks, x: data, units, norm_or_tokens: norm, eps, gated: gated.into(), ..Default::default() };
         (launch.n_tokens, launch.bf16) = (n_tokens as u8, input.bf16.into());
         (launch.n_slots, launch.table_bytes) = (cut.n_slots, cut.table_bytes);
-        (launch.early, launch.n_decoders) = (cut.early.into(), cut.n_decoders as u8);
+        (launch.n_decoders, launch.window) = (cut.n_decoders as u8, cut.warp_bytes as u16);
         launch.paired = cut.paired.into();
         let team_warps = if gated { cut.n_decoders / 2 } else { cut.n_decoders };
         let mut first_cta = 0;
@@ -893,12 +913,18 @@ impl EncodedKernels {
         // A team of warps, of paired thread blocks both's, has a slot for each of them and each row block: the sums of its rows, of 64 bits.
         let slot_bytes = 8 * jobs[0].0.block_rows();
         let fixed = n_teams * (cut.table_bytes + deepest * slot_bytes);
-        let (n_warps, shared_bytes) = self.fit(fixed, needs, wanted, together * slot_bytes)?;
+        let fit = |needs| self.fit(fixed, needs, wanted, together * slot_bytes);
+        let early = Needs { warp_bytes: matrices().map(DeviceMatrix::early_bytes).max().unwrap_or(0), ..needs };
+        cut.early = small
+            && matrices().all(DeviceMatrix::decodes_early)
+            && fit(early).is_ok_and(|(n_warps, _)| widest * n_teams <= n_warps / n_teams * n_teams);
+        let needs = if cut.early { early } else { needs };
+        cut.warp_bytes = needs.warp_bytes;
+        let (n_warps, shared_bytes) = fit(needs)?;
         cut.n_warps = n_warps / n_teams * n_teams;
         cut.n_decoders = cut.n_warps;
         cut.n_slots = together * cut.n_warps / n_teams + deepest;
         cut.shared_bytes = shared_bytes;
-        cut.early = small && widest * n_teams <= cut.n_warps && matrices().all(DeviceMatrix::decodes_early);
         Ok(cut)
     }
 
@@ -1016,7 +1042,7 @@ fn product_needs(matrix: &DeviceMatrix) -> Needs {
     let is_int8 = matrix.format == Format::Int8;
     let (warp_bytes, warps, cols) = match matrix.is_plain() {
         true => (PLAIN_BYTES, 16, PLAIN_BLOCK.1),
-        false => (RING_BYTES + if is_int8 { EARLY_BYTES } else { 256 }, 32, 32),
+        false => (RING_BYTES + SCRATCH_BYTES, 32, 32),
     };
     // The activations are brought into shared memory, those for integers as two bytes; with what a sum is worth, and zeros.
     let n_cols = matrix.description.n_cols.next_multiple_of(cols);
