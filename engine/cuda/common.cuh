@@ -27,10 +27,21 @@ __device__ __forceinline__ uint32_t cluster_size() {
     return n;
 }
 
-// Waits for all threads of the cluster that have not ended; what they wrote before is seen afterwards.
+// Waits for all threads of the cluster that have not ended; what they wrote before they arrived is seen afterwards.
+__device__ __forceinline__ void arrive_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+// Both; of thread blocks by themselves, too.
 __device__ __forceinline__ void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    arrive_cluster(), wait_cluster();
 #else
     __syncthreads();
 #endif

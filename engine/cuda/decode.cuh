@@ -500,50 +500,49 @@ __device__ __forceinline__ void decode_parts(const Matrix& m, ProductReader& rea
 
 template <class C, class Sink>
 __device__ __forceinline__ void finish_parts(const Matrix& m, u32 lane, u32 i, u32 j, u32 units, u32 parts, u32 ring, Sink& sink) {
-    if constexpr (C::G == 8 && C::FIXED) {
-        // Units whose raw bits are in shared memory, and how many of the others' are on their way.
-        constexpr u32 THERE = RING_BYTES / (128 * C::K), AHEAD = C::K < 5 ? 3 : 2;
-        const u32* from = raw_of(m, i, j) + THERE * C::K * 32 + lane;
-        u32 ahead[AHEAD][C::N_RAW];
-        Grids grids;
-        auto load = [&](u32 u, u32 (&to)[C::N_RAW]) INLINE {
-            if (u >= units) return;
+    static_assert(C::G == 8 && C::FIXED);
+    // Units whose raw bits are in shared memory, and how many of the others' are on their way.
+    constexpr u32 THERE = RING_BYTES / (128 * C::K), AHEAD = C::K < 5 ? 3 : 2;
+    const u32* from = raw_of(m, i, j) + THERE * C::K * 32 + lane;
+    u32 ahead[AHEAD][C::N_RAW];
+    Grids grids;
+    auto load = [&](u32 u, u32 (&to)[C::N_RAW]) INLINE {
+        if (u >= units) return;
 #pragma unroll
-            for (int b = 0; b < C::K; b++) to[b] = __ldcs(from + b * 32);
-            from += C::K * 32;
-        };
-        auto unit = [&](u32 u, const u32 (&raw)[C::N_RAW]) INLINE {
-            u32 word, y[4];
-            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(parts + u * 128 + lane * 4));
+        for (int b = 0; b < C::K; b++) to[b] = __ldcs(from + b * 32);
+        from += C::K * 32;
+    };
+    auto unit = [&](u32 u, const u32 (&raw)[C::N_RAW]) INLINE {
+        u32 word, y[4];
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(parts + u * 128 + lane * 4));
 #pragma unroll
-            for (int s = 0; s < 4; s++) y[s] = shift(word, C::K == 4 ? 3 - s : C::K - 2 - 2 * s) & (C::K == 4 && C::TRELLIS ? bytes(0x88) : FULL);
+        for (int s = 0; s < 4; s++) y[s] = shift(word, C::K == 4 ? 3 - s : C::K - 2 - 2 * s) & (C::K == 4 && C::TRELLIS ? bytes(0x88) : FULL);
 #pragma unroll
-            for (int q = 0; q < 8; q++) {
-                const Quad codes = C::assemble(y, raw, q);
-                sink.quad(u, q, C::TRELLIS ? grids.values(codes) : codes, std::true_type());
-            }
-            sink.end_unit(u);
-        };
-#pragma unroll
-        for (u32 a = 0; a < AHEAD; a++) load(THERE + a, ahead[a]);
-        wait_copies<0>();
-        __syncwarp();
-#pragma unroll 1
-        for (u32 u = 0; u < min(units, THERE); u++) {
-            u32 raw[C::N_RAW];
-#pragma unroll
-            for (int b = 0; b < C::K; b++) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(raw[b]) : "r"(ring + (u * C::K + b) * 128 + lane * 4));
-            unit(u, raw);
+        for (int q = 0; q < 8; q++) {
+            const Quad codes = C::assemble(y, raw, q);
+            sink.quad(u, q, C::TRELLIS ? grids.values(codes) : codes, std::true_type());
         }
-#pragma unroll 1
-        for (u32 first = THERE; first < units; first += AHEAD) {
+        sink.end_unit(u);
+    };
 #pragma unroll
-            for (u32 a = 0; a < AHEAD; a++) {
-                if (first + a >= units) break;
-                unit(first + a, ahead[a]);
-                load(first + a + AHEAD, ahead[a]);
-            }
-        }
-        __syncwarp();
+    for (u32 a = 0; a < AHEAD; a++) load(THERE + a, ahead[a]);
+    wait_copies<0>();
+    __syncwarp();
+#pragma unroll 1
+    for (u32 u = 0; u < min(units, THERE); u++) {
+        u32 raw[C::N_RAW];
+#pragma unroll
+        for (int b = 0; b < C::K; b++) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(raw[b]) : "r"(ring + (u * C::K + b) * 128 + lane * 4));
+        unit(u, raw);
     }
+#pragma unroll 1
+    for (u32 first = THERE; first < units; first += AHEAD) {
+#pragma unroll
+        for (u32 a = 0; a < AHEAD; a++) {
+            if (first + a >= units) break;
+            unit(first + a, ahead[a]);
+            load(first + a + AHEAD, ahead[a]);
+        }
+    }
+    __syncwarp();
 }

@@ -354,16 +354,12 @@ struct Part {
 // Whether this is the second of two thread blocks.
 __device__ __forceinline__ u32 is_second(u32 paired) { return blockIdx.x & paired; }
 
-// Paired thread blocks: they wait for each other, and the second one leaves a number in the first one's shared memory, at the place that has this address here.
+// Paired thread blocks: the second one leaves a number in the first one's shared memory, at the place that has this address here.
 #if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void arrive_paired() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wait_paired() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 __device__ __forceinline__ void store_in_first(u32 at, u64 v) {
     asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, 0; st.shared::cluster.u64 [there], %1;}" ::"r"(at), "l"(v) : "memory");
 }
 #else
-__device__ __forceinline__ void arrive_paired() {}
-__device__ __forceinline__ void wait_paired() {}
 __device__ __forceinline__ void store_in_first(u32, u64) {}
 #endif
 
@@ -1098,7 +1094,7 @@ __device__ __forceinline__ void put_out(const Launch& launch, const Task& task, 
     auto added = [&]() INLINE { return task0.adds && item < n_items && row_of() < n_rows ? ((const float*)task0.out)[place()] : -0.0f; };
     // What the sums are worth, and what they are added to, is asked for before they are there.
     float scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0, sum = added();
-    if (paired) arrive_paired(), wait_paired();
+    if (paired) arrive_cluster(), wait_cluster();
     __syncthreads();
     while (item < n_items) {
         const u32 r = item / n_tokens, token = item % n_tokens, row = row_of();
@@ -1143,7 +1139,7 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     // What depends on no other kernel: the table, and the first blocks' bytes.
     __shared__ Cut cuts[2];
     // Before one writes into the other's shared memory, that has to be there.
-    if (paired) arrive_paired();
+    if (paired) arrive_cluster();
     const Share share(task, team_warp, team_warps, paired);
     const u32 i = share.i, j = share.j, n_blocks = share.n_blocks, block = i * m.n_col_blocks + j;
     typename std::conditional<WAY == PLAIN, PlainReader, ProductReader>::type reader;
@@ -1178,7 +1174,7 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     Input input(launch.x, launch.norm, launch.bf16, m.n_cols);
     sink.prepare(launch, input, shared_memory + slots_at + n_teams * slots_bytes);
     if constexpr (WAY == ENCODED) wait_for_table(n_blocks);
-    if (paired) wait_paired();
+    if (paired) wait_cluster();
     __syncthreads();
     if constexpr (WAY == PLAIN) {
         if (n_blocks) reader.read(m, i, j, n_blocks, sink);

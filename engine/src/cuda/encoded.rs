@@ -595,7 +595,7 @@ impl DeviceMatrix {
 
     /// Whether the kernels can decode a block's parts and keep them: those of one bit, eight a symbol.
     fn decodes_early(&self) -> bool {
-        self.format == Format::Int8 && self.codec >> 4 == 8 && self.description.block_cols <= EARLY_COLS
+        self.kernels.product_early.is_some() && self.codec >> 4 == 8 && self.description.block_cols <= EARLY_COLS
     }
 
     /// Bytes of a warp that does: its window, and a bit of parts for each weight.
@@ -821,8 +821,10 @@ impl EncodedKernels {
         let cut = self.cut(jobs, n_tokens, gated)?;
         let one = &jobs[0].0.kernels;
         let (operand_tokens, kernel) = match n_tokens {
-            1 if cut.early => (0, one.product_early.as_ref().unwrap_or(&one.product)),
-            1 => (0, one.product_few.as_ref().filter(|_| cut.few).unwrap_or(&one.product)),
+            1 => {
+                let early = one.product_early.as_ref().filter(|_| cut.early);
+                (0, early.or(one.product_few.as_ref().filter(|_| cut.few)).unwrap_or(&one.product))
+            }
             2..=8 => (8, &jobs[0].0.encoded_kernels()?.products[0]),
             _ => (16, &jobs[0].0.encoded_kernels()?.products[1]),
         };
