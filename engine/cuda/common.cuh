@@ -27,6 +27,13 @@ __device__ __forceinline__ uint32_t cluster_size() {
     return n;
 }
 
+// To be followed by wait_cluster, after which all thread blocks of the cluster have started. What was written before is not yet seen.
+__device__ __forceinline__ void start_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
 // Waits for all threads of the cluster that have not ended; what they wrote before they arrived is seen afterwards.
 __device__ __forceinline__ void arrive_cluster() {
 #if __CUDA_ARCH__ >= 900
@@ -47,15 +54,14 @@ __device__ __forceinline__ void sync_cluster() {
 #endif
 }
 
-// What the cluster's thread block `block` has where `at` is in this one's shared memory.
-__device__ __forceinline__ float of_block(const float& at, uint32_t block) {
+// Stores a number where `at` is in the shared memory of the cluster's thread block `block`, which has to have started, and is not to end before this one says
+// that it is through.
+__device__ __forceinline__ void put_in_block(float& at, uint32_t block, float value) {
 #if __CUDA_ARCH__ >= 900
-    float value;
-    asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there];}"
-                 : "=f"(value) : "r"((uint32_t)__cvta_generic_to_shared(&at)), "r"(block));
-    return value;
+    asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2;}"
+                 ::"r"((uint32_t)__cvta_generic_to_shared(&at)), "r"(block), "f"(value) : "memory");
 #else
-    return at;
+    at = value;
 #endif
 }
 

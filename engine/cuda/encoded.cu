@@ -38,7 +38,8 @@ struct Launch {
     u8 n_decoders;        // more than one token: the warps that decode
     u8 raw_words;         // see prefetch_raw
     u8 paired;            // one token: thread blocks two by two, each two a cluster, have row blocks together
-    u16 window;           // EARLY: bytes of each warp's ring and parts
+    u8 eager;             // EARLY: the next kernel may start at once
+    u16 window;           // the same: bytes of each warp's ring and parts
     Task tasks[MAX_TASKS];
 };
 
@@ -218,6 +219,7 @@ __device__ __noinline__ float4 ragged_quad(const void* from, u32 i, u32 n_cols, 
 
 // One token's activations, read by all threads of the block together, times the norm's weight. `held` are those of the first
 // columns, so that they need not be read again.
+template <u32 TOGETHER>
 struct Input {
     static constexpr u32 HELD = 2;
     const void* x;  // f32, or bf16
@@ -270,6 +272,19 @@ struct Input {
         }
         commit_copies();
     }
+    // Calls f(i, columns 4i to 4i + 3, the norm's weights) for those that are not held.
+    template <class F>
+    __device__ __forceinline__ void for_further(F f) const {
+        for (u32 first = threadIdx.x + HELD * blockDim.x; first < n_quads; first += TOGETHER * blockDim.x) {
+            float4 v[TOGETHER], w[TOGETHER];
+#pragma unroll
+            for (u32 t = 0; t < TOGETHER; t++) v[t] = further(first + t * blockDim.x), w[t] = weights(first + t * blockDim.x);
+#pragma unroll
+            for (u32 t = 0; t < TOGETHER; t++) {
+                if (first + t * blockDim.x < n_quads) f(first + t * blockDim.x, v[t], w[t]);
+            }
+        }
+    }
     // Reads all; afterwards `most` is the block's, and with a norm `squares` is.
     __device__ __forceinline__ void read() {
         __shared__ float all_squares[32];
@@ -280,7 +295,7 @@ struct Input {
 #pragma unroll
         for (u32 h = 0; h < HELD; h++) held[h] = count(held[h], w[h]);
         if (kept) wait_copies<0>();
-        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) count(further(i), weights(i));
+        for_further([&](u32, float4 v, float4 w) INLINE { count(v, w); });
         const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         const u32 most_bits = __reduce_max_sync(FULL, __float_as_uint(most));
         if (norm) squares = warp_sum(squares);
@@ -301,7 +316,7 @@ struct Input {
             const u32 i = threadIdx.x + h * blockDim.x;
             if (i < n_quads) put(i, count(held[h], w[h]));
         }
-        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) put(i, count(values(i), weights(i)));
+        for_further([&](u32 i, float4 v, float4 w) INLINE { put(i, count(v, w)); });
         if (norm) squares = block_sum(squares);
     }
     __device__ __forceinline__ bool finite() const { return most < __int_as_float(0x7f800000); }
@@ -315,7 +330,7 @@ struct Input {
             const u32 i = threadIdx.x + h * blockDim.x;
             if (i < n_quads) put(i, held[h]);
         }
-        for (u32 i = threadIdx.x + HELD * blockDim.x; i < n_quads; i += blockDim.x) put(i, times(further(i), weights(i)));
+        for_further([&](u32 i, float4 v, float4 w) INLINE { put(i, times(v, w)); });
     }
 };
 
@@ -534,6 +549,7 @@ struct DotSink {
         }
     }
     // `shared` has room for the activations. All threads call it.
+    template <class Input>
     __device__ __forceinline__ void prepare(const Launch& launch, Input& input, u8* shared) {
         x = shared;
         double unit = 1;
@@ -1122,7 +1138,7 @@ template <int FORMAT, Way WAY = ENCODED, class With>
 __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     // At once where most is done before the wait, so that it lies beside what other kernels wait for. Elsewhere that gains nothing, and thread blocks of the
     // kernels on the way gather on few multiprocessors.
-    if (WAY != ENCODED) start_next();
+    if (WAY == PLAIN || WAY == EARLY && launch.eager) start_next();
     using Sink = DotSink<FORMAT, WAY == PLAIN ? 4 : 1>;
     constexpr u32 ROWS = Sink::ROWS;
     const u32 window = WAY == PLAIN ? PlainReader::BYTES : WAY == EARLY ? launch.window : RING_BYTES + SCRATCH_BYTES;
@@ -1168,10 +1184,14 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
         wait_for_table(n_blocks);
         __syncthreads();
         if (n_blocks) decode_parts(m, reader, table, lane, i, j, units_of(m, j, n_blocks), scratch);
+        if (!launch.eager) start_next();
     }
     wait_for_previous();
     if (WAY == ENCODED) start_next();
-    Input input(launch.x, launch.norm, launch.bf16, m.n_cols);
+#ifndef FF
+#define FF 2
+#endif
+    Input<WAY == PLAIN ? FF : 1> input(launch.x, launch.norm, launch.bf16, m.n_cols);
     sink.prepare(launch, input, shared_memory + slots_at + n_teams * slots_bytes);
     if constexpr (WAY == ENCODED) wait_for_table(n_blocks);
     if (paired) wait_cluster();
@@ -1362,9 +1382,9 @@ struct Prepare {
     double* units;
     u32 n_tokens, n_cols, bf16;
 
-    __device__ __forceinline__ Input input() const {
+    __device__ __forceinline__ Input<1> input() const {
         const u64 at = (u64)blockIdx.x * n_cols * (bf16 ? 2 : 4);
-        return Input(blockIdx.x < n_tokens ? (const u8*)x + at : nullptr, nullptr, bf16, n_cols);
+        return Input<1>(blockIdx.x < n_tokens ? (const u8*)x + at : nullptr, nullptr, bf16, n_cols);
     }
 };
 
@@ -1373,7 +1393,7 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_int8_mma(const __grid
     start_next();
     wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
-    Input input = p.input();
+    Input<1> input = p.input();
     input.keep(shared_memory, dynamic_bytes());
     input.read();
     const float ratio = fixed_ratio(input.most, input.finite());
@@ -1391,7 +1411,7 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_float_mma(const __gri
     start_next();
     wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
-    Input input = p.input();
+    Input<1> input = p.input();
     input.keep(shared_memory, dynamic_bytes());
     input.read();
     input.for_each([&](u32 i, float4 v) {

@@ -309,7 +309,7 @@ struct AttendOne {
     uint32_t window;
 };
 
-constexpr uint32_t ONE_THREADS = 256, ONE_WARPS = ONE_THREADS / 32, ONE_TILE = 64, ONE_HEADS = 2;
+constexpr uint32_t ONE_THREADS = 256, ONE_WARPS = ONE_THREADS / 32, ONE_TILE = 64, ONE_HEADS = 2, ONE_CLUSTER = 4;
 
 // The same for one token, which place_heads has not seen: each block rotates its queries, and the one that comes to the
 // token's own position its key. blockIdx: heads, share of the positions. A thread has eight columns of every few positions; those
@@ -319,7 +319,9 @@ template <uint32_t DIM>
 __device__ __forceinline__ void attend_one(const AttendOne& p) {
     constexpr uint32_t OCTETS = DIM / 8, LOADS = ONE_TILE * OCTETS / ONE_THREADS;
     __shared__ float weights[ONE_HEADS][ONE_TILE];
-    __shared__ float largest[ONE_HEADS], rescale[ONE_HEADS], total[ONE_HEADS], joined[ONE_HEADS * DIM];
+    __shared__ float largest[ONE_HEADS], rescale[ONE_HEADS], total[ONE_HEADS];
+    // What a block's columns are joined from: of each block of its cluster, those sums, and of each head the largest score and the weight.
+    __shared__ float sums_of[ONE_CLUSTER][ONE_HEADS * DIM], largest_of[ONE_CLUSTER][ONE_HEADS], total_of[ONE_CLUSTER][ONE_HEADS];
     __shared__ __align__(16) __nv_bfloat16 own[2][DIM];  // the token's key and value
     __shared__ bool is_last;
     extern __shared__ float room[];  // [ONE_WARPS][ONE_HEADS][DIM]: queries, and at the end each warp's sums
@@ -333,10 +335,11 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
     const uint32_t position = *(volatile const uint32_t*)heads.first_position;
     const uint32_t first = p.window && position + 1 > p.window ? position + 1 - p.window : 0;
     const uint32_t n_tiles = (position + 1 - first + ONE_TILE - 1) / ONE_TILE, n_shares = min(n_tiles, gridDim.y);
-    if (blockIdx.y >= n_shares) {
-        wait_for_previous();
-        return;
-    }
+    // A cluster's blocks take turns at its columns.
+    const uint32_t size = cluster_size(), rank = blockIdx.y % size, cluster = blockIdx.y / size, n_clusters = (n_shares + size - 1) / size;
+    const uint32_t n_blocks = min(size, n_shares - cluster * size);
+    start_cluster();
+    if (blockIdx.y >= n_shares) return;  // the others wait for the kernel before
 
     const size_t cached = size_t(kv_head) * heads.capacity * DIM;
     const uint32_t octet = threadIdx.x % OCTETS, row = threadIdx.x / OCTETS;
@@ -452,12 +455,19 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
         }
     }
     __syncthreads();
+    wait_cluster();
     for (uint32_t i = threadIdx.x; i < n * DIM; i += ONE_THREADS) {
         float sum = 0;
 #pragma unroll
         for (uint32_t w = 0; w < ONE_WARPS; w++) sum += room[w * ONE_HEADS * DIM + i];
-        joined[i] = sum;
+        put_in_block(sums_of[rank][i], i % n_blocks, sum);
     }
+    if (threadIdx.x < n_blocks * n) {
+        const uint32_t h = threadIdx.x % n, block = threadIdx.x / n;
+        put_in_block(largest_of[rank][h], block, largest[h]);
+        put_in_block(total_of[rank][h], block, total[h]);
+    }
+    sync_cluster();
     // Sums that `n_parts` have, each of them those of the largest score that it has come to: of(part).
     struct Sums {
         float largest, weight, sum;
@@ -477,13 +487,9 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
     auto put = [&](uint32_t i, Sums all) {
         if (i % DIM < head_dim) p.out[size_t(head + i / DIM) * head_dim + i % DIM] = all.sum / all.weight;
     };
-    // A cluster's blocks take turns at its columns.
-    const uint32_t size = cluster_size(), cluster = blockIdx.y / size, n_clusters = (n_shares + size - 1) / size;
-    const uint32_t n_blocks = min(size, n_shares - cluster * size);
-    sync_cluster();
-    for (uint32_t i = threadIdx.x * n_blocks + blockIdx.y % size; i < n * DIM; i += ONE_THREADS * n_blocks) {
+    for (uint32_t i = threadIdx.x * n_blocks + rank; i < n * DIM; i += ONE_THREADS * n_blocks) {
         const uint32_t h = i / DIM;
-        const Sums all = join(n_blocks, [&](uint32_t b) { return Sums{of_block(largest[h], b), of_block(total[h], b), of_block(joined[i], b)}; });
+        const Sums all = join(n_blocks, [&](uint32_t b) { return Sums{largest_of[b][h], total_of[b][h], sums_of[b][i]}; });
         if (n_clusters == 1) {
             put(i, all);
             continue;
@@ -492,9 +498,9 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
         to[i % DIM] = all.sum;
         if (i % DIM == 0) to[DIM] = all.largest, to[DIM + 1] = all.weight;
     }
-    if (n_clusters > 1) __threadfence();
-    sync_cluster();  // none ends while others read what it has
     if (n_clusters == 1) return;
+    __threadfence();
+    __syncthreads();
     if (threadIdx.x == 0) is_last = atomicAdd(&p.done[blockIdx.x], 1) == n_shares - 1;
     __syncthreads();
     if (!is_last) return;

@@ -144,6 +144,7 @@ struct Launch {
     n_decoders: u8,
     raw_words: u8,
     paired: u8,
+    eager: u8,
     window: u16,
     tasks: [Task; MAX_TASKS],
 }
@@ -325,8 +326,8 @@ impl EncodedKernels {
     /// Loads the kernels.
     pub fn new(device: &Device) -> Result<Self> {
         let module = device.load(&code::ENCODED)?;
-        let prepare = |name| device.kernel(&module, name, 0);
         let shared_limit = device.shared_bytes() - DECLARED_BYTES;
+        let prepare = |name| device.kernel(&module, name, shared_limit);
         let kernel = |verb: &str, what: &str| device.kernel(&module, &format!("{verb}_{what}"), shared_limit);
         let instance = |what: &str| -> Result<Arc<Instance>> {
             let encoded = EncodedInstance {
@@ -831,10 +832,7 @@ impl EncodedKernels {
         let all_ctas = cut.all_ctas(gated);
         if n_tokens > 1 {
             let prepare = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
-            let threads = self.prepare_threads(operand_tokens, jobs, &cut, all_ctas);
-            // What the threads do not hold in registers.
-            let shared_bytes = (4 * n_cols as u32).saturating_sub(HELD_BYTES * threads).min(KEPT_BYTES);
-            let grid = Grid { blocks: (operand_tokens, 1, 1), threads, shared_bytes };
+            let grid = self.prepare_grid(operand_tokens, n_cols as u32, jobs, &cut, all_ctas);
             let out = scratch.operand;
             let params = Prepare { x: data, out, units, n_tokens, n_cols: n_cols as u32, bf16 };
             // SAFETY: an operand has room for sixteen tokens of `n_cols` columns.
@@ -847,7 +845,7 @@ impl EncodedKernels {
         (launch.n_tokens, launch.bf16) = (n_tokens as u8, input.bf16.into());
         (launch.n_slots, launch.table_bytes) = (cut.n_slots, cut.table_bytes);
         (launch.n_decoders, launch.window) = (cut.n_decoders as u8, cut.warp_bytes as u16);
-        launch.paired = cut.paired.into();
+        (launch.paired, launch.eager) = (cut.paired.into(), (all_ctas <= self.n_multiprocessors).into());
         let team_warps = if gated { cut.n_decoders / 2 } else { cut.n_decoders };
         let mut first_cta = 0;
         for (i, (task, &(m, bias, out, adds))) in launch.tasks.iter_mut().zip(jobs).enumerate() {
@@ -882,14 +880,16 @@ impl EncodedKernels {
         let needs = product_needs(jobs[0].0);
         let (n_teams, n) = (if gated { 2 } else { 1 }, self.n_multiprocessors);
         let total: u64 = matrices().map(DeviceMatrix::n_blocks).sum();
-        // Plain matrices have blocks of so few rows that all multiprocessors get as much. Where that is little, few warps leave room for the next kernel's.
+        // Plain matrices have blocks of so few rows that all multiprocessors get as much. No more warps than take as many turns leave room for the next kernel's.
         let plain = jobs[0].0.is_plain();
         let small = total as f64 <= SMALL * f64::from(needs.warps * n) && !plain;
         let widest = matrices().map(|m| m.description.n_col_blocks).max().unwrap_or(1);
         let wanted = match (small, plain) {
             (true, _) => (n_teams * widest).clamp(PRODUCT_WARPS, needs.warps),
             (_, true) => {
-                (total.div_ceil(n.into()).next_multiple_of(4)).clamp(PRODUCT_WARPS.into(), needs.warps.into()) as u32
+                let each = total.div_ceil(n.into());
+                let turns = each.div_ceil(needs.warps.into()).max(1);
+                each.div_ceil(turns).next_multiple_of(4).clamp(PRODUCT_WARPS.into(), needs.warps.into()) as u32
             }
             _ => needs.warps,
         };
@@ -988,14 +988,19 @@ impl EncodedKernels {
             .unwrap_or(usual))
     }
 
-    /// Threads that prepare a token's activations. So many thread blocks as there are tokens should fit on the multiprocessors that the product leaves idle, two on
-    /// each: else some of its own wait for them, which counts where they have little to do.
-    fn prepare_threads(&self, n_tokens: u32, jobs: &[Job<'_>], cut: &Cut, all_ctas: u32) -> u32 {
+    /// The launch that prepares the activations, a thread block a token. Those should fit on the multiprocessors that the product leaves idle, two on each: else
+    /// some of its own wait for them. Where those have little to do, that counts most, and half as many threads take half of a multiprocessor. Where they have
+    /// more, or wait anyway, the sooner it is over the better, so that each token has a multiprocessor for itself.
+    fn prepare_grid(&self, n_tokens: u32, n_cols: u32, jobs: &[Job<'_>], cut: &Cut, all_ctas: u32) -> Grid {
         const MOST: u32 = 1024;
         const FEW_ROWS: u32 = 2;
-        let n_idle = self.n_multiprocessors.saturating_sub(all_ctas);
+        let fit = 2 * self.n_multiprocessors.saturating_sub(all_ctas) >= n_tokens;
         let few_rows = jobs.iter().zip(cut.n_ctas).all(|(job, n)| job.0.n_row_blocks().div_ceil(n) <= FEW_ROWS);
-        if few_rows && 2 * n_idle < n_tokens { MOST / 2 } else { MOST }
+        let threads = if few_rows && !fit { MOST / 2 } else { MOST };
+        // What the threads do not hold in registers; or more than half of a multiprocessor's.
+        let kept_bytes = (4 * n_cols).saturating_sub(HELD_BYTES * threads).min(KEPT_BYTES);
+        let shared_bytes = if few_rows || fit { kept_bytes } else { kept_bytes.max(self.shared_limit / 2 + RESERVED_BYTES) };
+        Grid { blocks: (n_tokens, 1, 1), threads, shared_bytes }
     }
 
     /// Whether thread blocks, so many of each job, have less to do two by two than each by itself: seven row blocks for two, where that would be four for some.

@@ -19,7 +19,7 @@ pub(super) const ONE_HEADS: usize = 2;
 /// The same of [`Attend`].
 pub(super) const TILE_HEADS: usize = 8;
 
-/// Blocks of a cluster of [`AttendOne`], at most. Larger ones wait longer for their room.
+/// Blocks of a cluster of [`AttendOne`], at most (`ONE_CLUSTER` in model.cu). Larger ones wait longer for their room.
 pub(super) const ONE_CLUSTER: usize = 4;
 
 /// Bytes of shared memory that a block of [`AttendOne`] takes.
