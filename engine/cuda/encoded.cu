@@ -38,7 +38,7 @@ struct Launch {
     u8 n_decoders;        // more than one token: the warps that decode
     u8 raw_words;         // see prefetch_raw
     u8 paired;            // one token: thread blocks two by two, each two a cluster, have row blocks together
-    u8 eager;             // EARLY: the next kernel may start at once
+    u8 eager;             // EARLY: the next kernel may start at once; else once this one's first blocks are decoded
     u16 window;           // the same: bytes of each warp's ring and parts
     Task tasks[MAX_TASKS];
 };
@@ -218,7 +218,7 @@ __device__ __noinline__ float4 ragged_quad(const void* from, u32 i, u32 n_cols, 
 }
 
 // One token's activations, read by all threads of the block together, times the norm's weight. `held` are those of the first
-// columns, so that they need not be read again.
+// columns, so that they need not be read again; of the others TOGETHER quads a thread are on their way at once.
 template <u32 TOGETHER>
 struct Input {
     static constexpr u32 HELD = 2;
@@ -549,8 +549,8 @@ struct DotSink {
         }
     }
     // `shared` has room for the activations. All threads call it.
-    template <class Input>
-    __device__ __forceinline__ void prepare(const Launch& launch, Input& input, u8* shared) {
+    template <u32 TOGETHER>
+    __device__ __forceinline__ void prepare(const Launch& launch, Input<TOGETHER>& input, u8* shared) {
         x = shared;
         double unit = 1;
         if constexpr (FORMAT == INT8) {
@@ -1137,7 +1137,7 @@ enum Way {
 template <int FORMAT, Way WAY = ENCODED, class With>
 __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     // At once where most is done before the wait, so that it lies beside what other kernels wait for. Elsewhere that gains nothing, and thread blocks of the
-    // kernels on the way gather on few multiprocessors.
+    // kernels on the way gather on few multiprocessors, as they do where this one has several on some (not `eager`).
     if (WAY == PLAIN || WAY == EARLY && launch.eager) start_next();
     using Sink = DotSink<FORMAT, WAY == PLAIN ? 4 : 1>;
     constexpr u32 ROWS = Sink::ROWS;
@@ -1188,10 +1188,7 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
     }
     wait_for_previous();
     if (WAY == ENCODED) start_next();
-#ifndef FF
-#define FF 2
-#endif
-    Input<WAY == PLAIN ? FF : 1> input(launch.x, launch.norm, launch.bf16, m.n_cols);
+    Input<WAY == PLAIN ? 2 : 1> input(launch.x, launch.norm, launch.bf16, m.n_cols);
     sink.prepare(launch, input, shared_memory + slots_at + n_teams * slots_bytes);
     if constexpr (WAY == ENCODED) wait_for_table(n_blocks);
     if (paired) wait_cluster();

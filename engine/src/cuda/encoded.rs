@@ -26,7 +26,7 @@ const EARLY_COLS: u32 = 512;
 /// How much of what a multiprocessor takes at once a product has at most that counts as small: a thread block for every row block then, so that several
 /// fit on a multiprocessor, those of the next kernel beside the last of this one. They decode early, which takes half as many instructions more, and
 /// costs nothing while other kernels leave the multiprocessor idle.
-const SMALL: f64 = 0.75;
+const SMALL: f64 = 0.7;
 /// Bytes of a warp's window on its stream, and of what else products of one token need.
 const RING_BYTES: u32 = 2560;
 const SCRATCH_BYTES: u32 = 256;
@@ -999,7 +999,8 @@ impl EncodedKernels {
         let threads = if few_rows && !fit { MOST / 2 } else { MOST };
         // What the threads do not hold in registers; or more than half of a multiprocessor's.
         let kept_bytes = (4 * n_cols).saturating_sub(HELD_BYTES * threads).min(KEPT_BYTES);
-        let shared_bytes = if few_rows || fit { kept_bytes } else { kept_bytes.max(self.shared_limit / 2 + RESERVED_BYTES) };
+        let shared_bytes =
+            if few_rows || fit { kept_bytes } else { kept_bytes.max(self.shared_limit / 2 + RESERVED_BYTES) };
         Grid { blocks: (n_tokens, 1, 1), threads, shared_bytes }
     }
 
