@@ -1381,7 +1381,7 @@ struct Prepare {
 
     __device__ __forceinline__ Input<1> input() const {
         const u64 at = (u64)blockIdx.x * n_cols * (bf16 ? 2 : 4);
-        return Input<1>(blockIdx.x < n_tokens ? (const u8*)x + at : nullptr, nullptr, bf16, n_cols);
+        return {blockIdx.x < n_tokens ? (const u8*)x + at : nullptr, nullptr, bf16 != 0, n_cols};
     }
 };
 
@@ -1390,7 +1390,7 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_int8_mma(const __grid
     start_next();
     wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
-    Input<1> input = p.input();
+    auto input = p.input();
     input.keep(shared_memory, dynamic_bytes());
     input.read();
     const float ratio = fixed_ratio(input.most, input.finite());
@@ -1408,7 +1408,7 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_float_mma(const __gri
     start_next();
     wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
-    Input<1> input = p.input();
+    auto input = p.input();
     input.keep(shared_memory, dynamic_bytes());
     input.read();
     input.for_each([&](u32 i, float4 v) {
