@@ -7,6 +7,7 @@
 
 constexpr u32 MAX_TASKS = 8;
 constexpr u32 SCRATCH_BYTES = 256;  // of a warp that multiplies, behind its ring
+constexpr u32 BLOCK_UNITS = 8;  // of a block that is decoded to tiles (BlockSink), at most
 constexpr u32 MAX_ROWS = 128;  // row blocks of a thread block that multiplies
 
 // One tensor's part of a launch. engine/src/cuda/encoded.rs has the same structure, and the next.
@@ -112,7 +113,7 @@ template <int BYTES>
 struct Tile {
     u32 base;
     static __device__ __forceinline__ u32 offset(u32 row, u32 byte) {
-        const u32 turn = BYTES == 64 ? row >> 1 & 3 : row & 15;
+        const u32 turn = BYTES == 32 ? row >> 2 & 1 : BYTES == 64 ? row >> 1 & 3 : row & 15;
         return row * BYTES + ((byte ^ turn * 16) & (BYTES - 1));
     }
     __device__ __forceinline__ void store(u32 row, u32 byte, u32 a, u32 b, u32 c, u32 d) const {
@@ -760,6 +761,27 @@ struct Tiles {
     }
 };
 
+// Several tokens: a slot has the sums of 32 rows for each, and room for two more, so that those of different tokens lie in different banks.
+constexpr u32 TOKEN_ROWS = 32 + 2;
+
+// Leaves what mma has added up in a slot: sum_of(half of the rows, eight tokens, 0 to 3).
+template <int EIGHTS, class F>
+__device__ __forceinline__ void put_sums(u32 slot, u32 n_tokens, F sum_of) {
+    const u32 lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int n = 0; n < EIGHTS; n++) {
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                const u32 row = 16 * half + 8 * (s / 2) + lane / 4, token = 8 * n + lane % 4 * 2 + s % 2;
+                if (token >= n_tokens) continue;
+                asm volatile("st.shared.u64 [%0], %1;" ::"r"(slot + (token * TOKEN_ROWS + row) * 8), "l"(sum_of(half, n, s)) : "memory");
+            }
+        }
+    }
+}
+
 template <int FORMAT>
 struct TileSink {
     static constexpr int ELEMENT = FORMAT == INT8 ? 1 : 2;
@@ -910,24 +932,102 @@ struct Multiplier {
     }
     // Leaves the sums in a slot.
     __device__ __forceinline__ void put(u32 slot, u32 n_tokens) const {
-        const u32 lane = threadIdx.x % 32;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-#pragma unroll
-            for (int n = 0; n < EIGHTS; n++) {
-#pragma unroll
-                for (int s = 0; s < 4; s++) {
-                    const u32 row = 16 * half + 8 * (s / 2) + lane / 4, token = 8 * n + lane % 4 * 2 + s % 2;
-                    if (token >= n_tokens) continue;
-                    u64 sum;
-                    if constexpr (FORMAT == INT8) sum = (u64)(255 * (i64)sums[half][n][0][s] + sums[half][n][1][s]);
-                    else sum = (u64)__double_as_longlong(sums[half][n][0][s]);
-                    asm volatile("st.shared.u64 [%0], %1;" ::"r"(slot + (token * 32 + row) * 8), "l"(sum) : "memory");
-                }
-            }
-        }
+        put_sums<EIGHTS>(slot, n_tokens, [&](int half, int n, int s) INLINE {
+            if constexpr (FORMAT == INT8) return (u64)(255 * (i64)sums[half][n][0][s] + sums[half][n][1][s]);
+            else return (u64)__double_as_longlong(sums[half][n][0][s]);
+        });
     }
 };
+
+// Where a warp has one block of codes, and decodes all of it before the activations are known: a tile for each unit, one behind the other. They end where the
+// block's parts and raw bits stand (see decode_parts), which are read before a tile comes to lie on them.
+struct BlockSink {
+    static constexpr u32 TILE = 1024;
+    Patches patches;
+    u32 tiles, lane;
+    u32 held[4];
+
+    __device__ __forceinline__ BlockSink(const Matrix& m, u32 block, u32 tiles, u32 lane) : tiles(tiles), lane(lane) { patches.begin(m, block, lane); }
+    template <class W>
+    __device__ __forceinline__ void quad(u32 u, int q, Quad quad, W) {
+        held[q % 4] = quad.a;
+        if (q == 3) __syncwarp();  // all lanes have read what the unit is made of
+        if (q % 4 == 3) Tile<32>{tiles + u * TILE}.store(lane, q / 4 * 16, held[0], held[1], held[2], held[3]);
+    }
+    __device__ __forceinline__ void end_unit(u32 u) {
+        if (patches.next == patches.end) return;
+        __syncwarp();
+        patches.until((u + 1) * 32, lane, [&](u32 row, u32 col, u32 code) { Tile<32>{tiles + u * TILE}.put<1>(row, col - u * 32, code); });
+    }
+};
+
+// What a block's units from FIRST on are multiplied with, for eight tokens: BYTES behind `x`, units STRIDE apart; zeros for those that the block does not have. Each
+// load is one piece of assembly: C++ would keep an address for each in registers.
+template <u32 FIRST, u32 STRIDE, u32 BYTES>
+__device__ __forceinline__ void load_operand(uint4 (&b)[BLOCK_UNITS], const uint4* x, u32 units) {
+    if constexpr (FIRST < BLOCK_UNITS) {
+        asm volatile(
+            "{.reg .pred has; setp.lt.u32 has, %6, %5;"
+            "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
+            "@has ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4 + %7];}"
+            : "=r"(b[FIRST].x), "=r"(b[FIRST].y), "=r"(b[FIRST].z), "=r"(b[FIRST].w)
+            : "l"(x), "r"(units), "n"(FIRST), "n"(FIRST * STRIDE + BYTES)
+            : "memory");
+        load_operand<FIRST + 1, STRIDE, BYTES>(b, x, units);
+    }
+}
+
+// The products of a block in `units` tiles with EIGHTS × 8 tokens, of which `x` has the lane's part of the block's first unit. Exact: leaves them in a slot, which
+// may lie where the tiles do.
+template <int EIGHTS>
+__device__ __forceinline__ void multiply_block(u32 tiles, u32 units, const uint4* x, u32 slot, u32 n_tokens) {
+    const u32 lane = threadIdx.x % 32, at = tiles + Tile<32>::offset(lane & 15, lane & 16);
+    i32 sums[2][EIGHTS][4];
+    uint4 b[BLOCK_UNITS];
+    load_operand<0, EIGHTS * 512, 0>(b, x, units);
+#pragma unroll
+    for (int n = 0; n < EIGHTS; n++) {
+        i32 high[2][4] = {}, low[2][4] = {};
+#pragma unroll
+        for (u32 u = 0; u < BLOCK_UNITS; u++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                u32 a[4];
+                load_matrix(a, at + u * BlockSink::TILE + half * (BlockSink::TILE / 2));
+                mma(high[half], a, b[u].x, b[u].y);
+                mma(low[half], a, b[u].z, b[u].w);
+            }
+        }
+        if (EIGHTS > 1 && n == 0) load_operand<0, EIGHTS * 512, 512>(b, x, units);
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) sums[half][n][s] = 255 * high[half][s] + low[half][s];
+        }
+    }
+    __syncwarp();
+    put_sums<EIGHTS>(slot, n_tokens, [&](int half, int n, int s) INLINE { return (u64)(i64)sums[half][n][s]; });
+}
+
+// The same with one token, whose activations DotSink has prepared in shared memory: `x` are the block's first.
+__device__ __forceinline__ void multiply_block(u32 tiles, u32 units, const uint2* x, u32 slot) {
+    const u32 lane = threadIdx.x % 32, at = tiles + Tile<32>::offset(lane & 15, lane & 16);
+    i32 high[2][4] = {}, low[2][4] = {};
+#pragma unroll
+    for (u32 u = 0; u < BLOCK_UNITS; u++) {
+        uint2 first = {}, second = {};
+        if (lane < 4 && u < units) first = x[u * 8 + lane], second = x[u * 8 + 4 + lane];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            u32 a[4];
+            load_matrix(a, at + u * BlockSink::TILE + half * (BlockSink::TILE / 2));
+            mma(high[half], a, first.x, second.x);
+            mma(low[half], a, first.y, second.y);
+        }
+    }
+    __syncwarp();
+    put_sums<1>(slot, 1, [&](int half, int, int s) INLINE { return (u64)(i64)(255 * high[half][s] + low[half][s]); });
+}
 
 // A warp's way through consecutive blocks of a plain matrix: bf16, with rows up to a multiple of eight and columns up to one, at `Matrix::stream`. A block is
 // eight rows of four groups of GROUP columns; a unit has 32 columns of each group. They lie in shared memory as the rows of a tile, the groups of a row side
@@ -1077,28 +1177,35 @@ struct Cut {
     }
 };
 
-// Lane's row, which is `row`, of the cut's row block r of the product with a token: the sums of the warps that share it, in their order, times what they
-// are worth, and the bias.
-template <int FORMAT, u32 ROWS>
-__device__ __forceinline__ float add_up(const Launch& launch, const Task& task, const Cut& cut, u32 slots, u32 r, u32 token, u32 n_tokens, u32 row, float scale, double unit) {
-    const u32 lane = threadIdx.x % ROWS, n = cut.slots[r][1] + 1 - cut.slots[r][0];
-    typename std::conditional<FORMAT == INT8, i64, double>::type sum = 0;
-    slots += ((cut.slots[r][0] * n_tokens + token) * ROWS + lane) * 8;
+// Adds what `n` slots hold, from this address on.
+template <int FORMAT, class Sum>
+__device__ __forceinline__ void add_slots(Sum& sum, u32 slots, u32 n, u32 slot_bytes) {
 #pragma unroll 4
     for (u32 s = 0; s < n; s++) {
         u64 bits;
-        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(slots + s * n_tokens * (ROWS * 8)));
+        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(slots + s * slot_bytes));
         if constexpr (FORMAT == INT8) sum += (i64)bits;
         else sum += __longlong_as_double((i64)bits);
     }
+}
+
+// Lane's row, which is `row`, of the cut's row block r of the product with a token: the sums of the warps that share it, in their order, times what they
+// are worth, and the bias.
+template <int FORMAT, u32 ROWS, u32 SLOT>
+__device__ __forceinline__ float add_up(const Launch& launch, const Task& task, const Cut& cut, u32 slots, u32 r, u32 token, u32 n_tokens, u32 row, float scale, double unit) {
+    const u32 lane = threadIdx.x % ROWS, n = cut.slots[r][1] + 1 - cut.slots[r][0];
+    typename std::conditional<FORMAT == INT8, i64, double>::type sum = 0;
+    slots += ((cut.slots[r][0] * n_tokens + token) * SLOT + lane) * 8;
+    add_slots<FORMAT>(sum, slots, n, n_tokens * (SLOT * 8));
     const float y = (float)((double)sum * ((double)scale * unit));
     return task.bias && row < task.matrix.n_rows ? y + element(task.bias, row, launch.bf16) : y;
 }
 
 // The end of products: once all warps have left their sums in the slots, at `slots` (those of a second, gated product `slots_bytes` behind), the row blocks
-// and tokens are shared out anew. unit(token): what a token's sums are worth. All threads call it.
+// and tokens are shared out anew. unit_of(token): what a token's sums are worth. All threads call it.
 template <int FORMAT, u32 ROWS, bool ONE, class Unit>
 __device__ __forceinline__ void put_out(const Launch& launch, const Task& task, const Cut (&cuts)[2], u32 slots, u32 slots_bytes, u32 paired, Unit unit_of) {
+    constexpr u32 SLOT = ONE ? ROWS : TOKEN_ROWS;
     const u32 lane = threadIdx.x % ROWS;
     const Task& task0 = launch.gated ? launch.tasks[0] : task;
     const Task& task1 = launch.tasks[1];
@@ -1110,19 +1217,21 @@ __device__ __forceinline__ void put_out(const Launch& launch, const Task& task, 
     auto added = [&]() INLINE { return task0.adds && item < n_items && row_of() < n_rows ? ((const float*)task0.out)[place()] : -0.0f; };
     // What the sums are worth, and what they are added to, is asked for before they are there.
     float scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0, sum = added();
+    double unit = ONE ? 0 : unit_of(item % n_tokens);
     if (paired) arrive_cluster(), wait_cluster();
     __syncthreads();
     while (item < n_items) {
         const u32 r = item / n_tokens, token = item % n_tokens, row = row_of();
-        const double unit = unit_of(token);
-        float y = add_up<FORMAT, ROWS>(launch, task0, cuts[0], slots, r, token, n_tokens, row, scale0, unit);
-        if (launch.gated) y = add_up<FORMAT, ROWS>(launch, task1, cuts[1], slots + slots_bytes, r, token, n_tokens, row, scale1, unit) * (y / (1 + expf(-y)));
+        if (ONE) unit = unit_of(token);
+        float y = add_up<FORMAT, ROWS, SLOT>(launch, task0, cuts[0], slots, r, token, n_tokens, row, scale0, unit);
+        if (launch.gated) y = add_up<FORMAT, ROWS, SLOT>(launch, task1, cuts[1], slots + slots_bytes, r, token, n_tokens, row, scale1, unit) * (y / (1 + expf(-y)));
         if (row < n_rows) {
             if (launch.bf16) ((__nv_bfloat16*)task0.out)[place()] = __float2bfloat16_rn(y);
             else ((float*)task0.out)[place()] = sum + y;
         }
         item += blockDim.x / ROWS;
         scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0, sum = added();
+        if (!ONE) unit = unit_of(item % n_tokens);
     }
 }
 
@@ -1228,7 +1337,7 @@ __device__ __forceinline__ void multiply_many(const Launch& launch, With with) {
     // A barrier for each row block, of which a team has no more than multipliers.
     const u32 begun = shared + n_teams * launch.table_bytes + team * n_multipliers * 8, barriers = shared + n_teams * launch.table_bytes + ROWS_BYTES;
     const u32 windows = barriers + n_decoders * BARRIERS, xs = windows + n_decoders * WINDOW;
-    const u32 slot_bytes = launch.n_tokens * 32 * 8, slots_bytes = n_multipliers * slot_bytes;
+    const u32 slot_bytes = launch.n_tokens * TOKEN_ROWS * 8, slots_bytes = n_multipliers * slot_bytes;
     __shared__ Cut cuts[2];
     if (decodes) {
         const Share share(task, place);
@@ -1271,6 +1380,91 @@ __device__ __forceinline__ void multiply_many(const Launch& launch, With with) {
         multiplier.put(windows + team * slots_bytes + place * slot_bytes, launch.n_tokens);
     }
     put_out<FORMAT, 32, false>(launch, task, cuts, windows, slots_bytes, 0, [&](u32 token) INLINE { return FORMAT == INT8 ? launch.units[token] : 1; });
+}
+
+// What the end of multiply_tiles needs, besides sums.
+struct End {
+    double units[16];
+    float scales[2][32], biases[2][32];
+    float added[16][32];
+};
+
+// Products where no warp has more than one block, of no more than BLOCK_UNITS units: each decodes all of its own before the activations are known, and multiplies
+// it. A thread block has one row block. EIGHTS is 0 for one token. Shared memory: the table (two with `gated`), in whose place come one token's activations; the
+// warps' windows, of tiles, at the end of which the block's stream or raw bits lie, and parts, and then a slot; and End.
+template <int EIGHTS, class With>
+__device__ __forceinline__ void multiply_tiles(const Launch& launch, With with) {
+    start_next();
+    const u32 lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), n_warps = blockDim.x / 32;
+    const u32 n_teams = launch.gated ? 2 : 1, team_warps = n_warps / n_teams, team = warp / team_warps, j = warp - team * team_warps;
+    const Task& task = launch.gated ? launch.tasks[team] : find_task(launch);
+    const Task& task0 = launch.gated ? launch.tasks[0] : task;
+    const Matrix& m = task.matrix;
+    const u32 shared = (u32)__cvta_generic_to_shared(shared_memory), table = shared + team * launch.table_bytes;
+    const u32 windows = shared + n_teams * launch.table_bytes, tiles = windows + warp * launch.window;
+    const u32 parts = tiles + launch.window - m.block_cols * 4, ring = parts - RING_BYTES;
+    const u32 i = blockIdx.x - task0.first_cta, block = i * m.n_col_blocks + j, row = i * 32 + lane, n_tokens = EIGHTS ? launch.n_tokens : 1;
+    const bool has_block = j < m.n_col_blocks, has_row = row < task0.matrix.n_rows;
+    copy_table(m, table, j * 32 + lane, team_warps * 32);
+    u32 units = 0;
+    ProductReader reader;
+    if (has_block) {
+        units = units_of(m, j, 1);
+        reader.open(m, Stream(m, block, block + 1), ring, lane);
+        prefetch_raw(m, i, j, lane, launch.raw_words);
+    }
+    DotSink<INT8> dot(task, 0, 0, 0, row, lane);  // of which one token's activations are all that is used
+    if (EIGHTS == 0) dot.look_ahead(launch);
+    wait_for_table(has_block);
+    __syncthreads();
+    if (has_block) {
+        BlockSink sink(m, block, tiles, lane);
+        decode_parts(m, reader, table, lane, i, j, units, parts);
+        with(task.codec, [&](auto codec) INLINE { finish_parts<decltype(codec)>(m, lane, i, j, units, parts, ring, sink); });
+    }
+    // What the sums are worth, and what they are added to, is asked for before they are there; not to registers. A warp has tokens as far apart as there are
+    // warps, of which there are eight or more.
+    constexpr int TURNS = EIGHTS ? EIGHTS : 1;
+    End& end = *(End*)(shared_memory + n_teams * launch.table_bytes + n_warps * launch.window);
+    if (j == 0 && has_row) end.scales[team][lane] = scale_of<INT8>(m, row), end.biases[team][lane] = task.bias ? element(task.bias, row, launch.bf16) : -0.0f;
+    wait_for_previous();
+    auto token_of = [&](int n) INLINE { return warp + n * n_warps; };
+    auto place = [&](u32 token) INLINE { return (u64)token * task0.matrix.n_rows + row; };
+#pragma unroll
+    for (int n = 0; n < TURNS; n++) {
+        const u32 token = token_of(n);
+        if (token >= n_tokens || !has_row) break;
+        if (EIGHTS && lane == 0) copy_async<8>(&end.units[token], launch.units + token);
+        if (task0.adds) copy_async<4>(&end.added[token][lane], (const float*)task0.out + place(token));
+    }
+    commit_copies();
+    if constexpr (EIGHTS > 0) {
+        const uint4* x = (const uint4*)launch.x + j * (m.block_cols / 32) * EIGHTS * 32 + lane;
+        if (has_block) multiply_block<EIGHTS>(tiles, units, x, tiles, n_tokens);
+    } else {
+        Input<1> input(launch.x, launch.norm, launch.bf16, m.n_cols);
+        __syncthreads();  // the table has been read
+        dot.prepare(launch, input, shared_memory);
+        __syncthreads();
+        if (has_block) multiply_block(tiles, units, (const uint2*)dot.x + j * (m.block_cols / 4), tiles);
+    }
+    wait_copies<0>();
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < TURNS; n++) {
+        const u32 token = token_of(n);
+        if (token >= n_tokens || !has_row) break;
+        auto product = [&](u32 team) INLINE {
+            const u32 slots = windows + team * team_warps * launch.window + (token * TOKEN_ROWS + lane) * 8;
+            i64 sum = 0;
+            add_slots<INT8>(sum, slots, (team ? launch.tasks[1] : task0).matrix.n_col_blocks, launch.window);
+            return (float)((double)sum * ((double)end.scales[team][lane] * (EIGHTS ? end.units[token] : dot.unit()))) + end.biases[team][lane];
+        };
+        float y = product(0);
+        if (launch.gated) y = product(1) * (y / (1 + expf(-y)));
+        if (launch.bf16) ((__nv_bfloat16*)task0.out)[place(token)] = __float2bfloat16_rn(y);
+        else ((float*)task0.out)[place(token)] = (task0.adds ? end.added[token][lane] : -0.0f) + y;
+    }
 }
 
 // One warp a token and column block; grid (column blocks, tokens).
@@ -1354,6 +1548,12 @@ KERNELS(BF16, bf16_any, with_any<BF16>)
 // With so few registers that 42 warps fit on a multiprocessor: those of the kernels that follow decode while one waits.
 KERNEL_WITH(__maxnreg__(48), product_1_int8_early, with_eights<false>, multiply<INT8, EARLY>)
 KERNEL_WITH(__maxnreg__(48), product_1_int8_trellis_early, with_eights<true>, multiply<INT8, EARLY>)
+#define TILES(name, TRELLIS)                                                           \
+    KERNEL_WITH(__maxnreg__(48), product_1_##name, with_eights<TRELLIS>, multiply_tiles<0>) \
+    KERNEL(1024, product_8_##name, with_eights<TRELLIS>, multiply_tiles<1>)            \
+    KERNEL(1024, product_16_##name, with_eights<TRELLIS>, multiply_tiles<2>)
+TILES(int8_tiles, false)
+TILES(int8_trellis_tiles, true)
 // For launches in which 28 warps take no more turns than 32 would: with registers for nearly all that those spill.
 KERNEL(896, product_1_bf16_few, with_codec<BF16>, multiply<BF16>)
 

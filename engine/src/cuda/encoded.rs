@@ -21,8 +21,12 @@ pub(super) const PRODUCT_TOKENS: usize = 16;
 const MAX_TASKS: usize = 8;
 /// Warps of a thread block that multiplies, at least: they bring in the activations.
 const PRODUCT_WARPS: u32 = 8;
-/// Columns of a block whose codes may wait for the activations, at most.
+/// Columns of a block whose parts may wait for the activations, at most; and of one whose codes may (`BLOCK_UNITS` in encoded.cu).
 const EARLY_COLS: u32 = 512;
+const TILES_COLS: u32 = 256;
+/// What else the latter's thread blocks need (`End` in encoded.cu), and how many of their warps a multiprocessor has registers for.
+const END_BYTES: u32 = 16 * 8 + 4 * 32 * 4 + 16 * 32 * 4;
+const TILES_WARPS: u32 = 32;
 /// How much of what a multiprocessor takes at once a product has at most that counts as small: a thread block for every row block then, so that several
 /// fit on a multiprocessor, those of the next kernel beside the last of this one. They decode early, which takes half as many instructions more, and
 /// costs nothing while other kernels leave the multiprocessor idle.
@@ -180,13 +184,15 @@ struct Cut {
     n_ctas: [u32; MAX_TASKS],
     /// One token: slots of sums.
     n_slots: u32,
-    /// Whether no warp has more than one block, whose codes are decoded before the activations are known.
+    /// One token: whether no warp has more than one block, whose parts are decoded before the activations are known.
     early: bool,
+    /// Whether no warp has more than one block, all of which is decoded before the activations are known.
+    tiles: bool,
     /// One token: whether thread blocks two by two have row blocks together.
     paired: bool,
     /// One token: whether at most [`FEW_WARPS`] share the blocks, by the kernel for so many.
     few: bool,
-    /// One token, encoded matrices: `Launch::window`.
+    /// One token, or `tiles`: `Launch::window`.
     warp_bytes: u32,
     table_bytes: u32,
     shared_bytes: u32,
@@ -261,8 +267,10 @@ struct Instance {
     product: CudaFunction,
     /// The same for at most [`FEW_WARPS`], where there is one.
     product_few: Option<CudaFunction>,
-    /// The same for one block a warp, which is decoded before the activations are known, where there is one.
+    /// The same for one block a warp, whose parts are decoded before the activations are known, where there is one.
     product_early: Option<CudaFunction>,
+    /// For 1, 8 and 16 tokens: for one block a warp, all of which is decoded before the activations are known, where there are such.
+    products_tiles: Option<[CudaFunction; 3]>,
     encoded: Option<EncodedInstance>,
 }
 
@@ -337,11 +345,13 @@ impl EncodedKernels {
                 products: [kernel("product_8", what)?, kernel("product_16", what)?],
             };
             let few = (what == Format::Bf16.name()).then(|| kernel("product_1", "bf16_few")).transpose()?;
-            let early = ["int8", "int8_trellis"].contains(&what).then(|| kernel("product_1", &format!("{what}_early")));
+            let is_early = ["int8", "int8_trellis"].contains(&what);
+            let tiles = |n: u32| kernel(&format!("product_{n}"), &format!("{what}_tiles"));
             Ok(Arc::new(Instance {
                 product: kernel("product_1", what)?,
                 product_few: few,
-                product_early: early.transpose()?,
+                product_early: is_early.then(|| kernel("product_1", &format!("{what}_early"))).transpose()?,
+                products_tiles: is_early.then(|| Ok::<_, Error>([tiles(1)?, tiles(8)?, tiles(16)?])).transpose()?,
                 encoded: Some(encoded),
             }))
         };
@@ -353,6 +363,7 @@ impl EncodedKernels {
                 product: kernel("product", "plain")?,
                 product_few: None,
                 product_early: None,
+                products_tiles: None,
                 encoded: None,
             }),
             prepare_int8: prepare("prepare_int8_mma")?,
@@ -599,9 +610,22 @@ impl DeviceMatrix {
         self.kernels.product_early.is_some() && self.codec >> 4 == 8 && self.description.block_cols <= EARLY_COLS
     }
 
-    /// Bytes of a warp that does: its window, and a bit of parts for each weight.
+    /// Bytes of a block's parts: a bit for each weight.
+    fn parts_bytes(&self) -> u32 {
+        self.description.block_cols * BLOCK_ROWS as u32 / 8
+    }
+
+    /// Bytes of a warp that keeps parts: its window, and those.
     fn early_bytes(&self) -> u32 {
-        RING_BYTES + SCRATCH_BYTES.max(self.description.block_cols * BLOCK_ROWS as u32 / 8)
+        RING_BYTES + SCRATCH_BYTES.max(self.parts_bytes())
+    }
+
+    /// Bytes of a warp that keeps codes: tiles, which are made from the front and so may come to lie on all but what is yet to be read, parts and raw bits at
+    /// the end (`BlockSink` in encoded.cu). A unit's tile is longer than its raw bits by 128 bytes for each bit fewer than eight: 3 bits, of which the window
+    /// has those of six units, need to be ahead the most.
+    fn tiles_bytes(&self) -> u32 {
+        const AHEAD: u32 = 5 * (8 - 3) * 128;
+        (self.description.block_cols * BLOCK_ROWS as u32).max(AHEAD + RING_BYTES + self.parts_bytes())
     }
 }
 
@@ -821,18 +845,21 @@ impl EncodedKernels {
         let (units, n_tokens, bf16) = (scratch.units, n_tokens as u32, bf16.into());
         let cut = self.cut(jobs, n_tokens, gated)?;
         let one = &jobs[0].0.kernels;
-        let (operand_tokens, kernel) = match n_tokens {
-            1 => {
+        // For one token, eight and sixteen.
+        let which = n_tokens.div_ceil(8) as usize - usize::from(n_tokens == 1);
+        let tiles = one.products_tiles.as_ref().filter(|_| cut.tiles).map(|kernels| &kernels[which]);
+        let kernel = match (tiles, which) {
+            (Some(kernel), _) => kernel,
+            (_, 0) => {
                 let early = one.product_early.as_ref().filter(|_| cut.early);
-                (0, early.or(one.product_few.as_ref().filter(|_| cut.few)).unwrap_or(&one.product))
+                early.or(one.product_few.as_ref().filter(|_| cut.few)).unwrap_or(&one.product)
             }
-            2..=8 => (8, &jobs[0].0.encoded_kernels()?.products[0]),
-            _ => (16, &jobs[0].0.encoded_kernels()?.products[1]),
+            _ => &jobs[0].0.encoded_kernels()?.products[which - 1],
         };
         let all_ctas = cut.all_ctas(gated);
         if n_tokens > 1 {
             let prepare = if is_int8 { &self.prepare_int8 } else { &self.prepare_float };
-            let grid = self.prepare_grid(operand_tokens, n_cols as u32, jobs, &cut, all_ctas);
+            let grid = self.prepare_grid(8 * which as u32, n_cols as u32, jobs, &cut, all_ctas);
             let out = scratch.operand;
             let params = Prepare { x: data, out, units, n_tokens, n_cols: n_cols as u32, bf16 };
             // SAFETY: an operand has room for sixteen tokens of `n_cols` columns.
@@ -867,7 +894,11 @@ impl EncodedKernels {
 
     /// How a launch of products is cut: which thread blocks, with whole row blocks each, of how many warps.
     fn cut(&self, jobs: &[Job<'_>], n_tokens: u32, gated: bool) -> Result<Cut> {
-        let cut = if n_tokens == 1 { self.cut_one(jobs, gated)? } else { self.cut_many(jobs, n_tokens, gated)? };
+        let cut = match (self.cut_tiles(jobs, n_tokens, gated), n_tokens) {
+            (Some(cut), _) => cut,
+            (None, 1) => self.cut_one(jobs, gated)?,
+            _ => self.cut_many(jobs, n_tokens, gated)?,
+        };
         match cut.n_warps {
             0 => Err(Error::Parameter("two matrices of a gated product have no room beside each other".into())),
             _ => Ok(cut),
@@ -930,7 +961,35 @@ impl EncodedKernels {
         Ok(cut)
     }
 
-    /// For several.
+    /// Where a thread block for each row block has a warp for each of its blocks, which keeps its codes, and all of them are on the multiprocessors at once. For
+    /// one token each multiprocessor has one of them, beside another kernel's: else those of more kernels lie beside each other where only parts are kept.
+    fn cut_tiles(&self, jobs: &[Job<'_>], n_tokens: u32, gated: bool) -> Option<Cut> {
+        let matrices = || jobs.iter().map(|job| job.0);
+        if !matrices().all(|m| m.decodes_early() && m.description.block_cols <= TILES_COLS) {
+            return None;
+        }
+        let n_teams = if gated { 2 } else { 1 };
+        let widest = matrices().map(|m| m.description.n_col_blocks).max()?;
+        let table_bytes = matrices().map(DeviceMatrix::table_bytes).max()?;
+        let warp_bytes = matrices().map(DeviceMatrix::tiles_bytes).max()?;
+        let n_warps = (n_teams * widest).max(PRODUCT_WARPS);
+        let shared_bytes = n_teams * table_bytes + n_warps * warp_bytes + END_BYTES;
+        let n_decoders = n_warps;
+        let mut cut =
+            Cut { n_warps, n_decoders, table_bytes, warp_bytes, shared_bytes, tiles: true, ..Default::default() };
+        cut.n_ctas.iter_mut().zip(matrices()).for_each(|(n, m)| *n = m.n_row_blocks());
+        let own = DECLARED_BYTES + RESERVED_BYTES;
+        let fit = ((self.shared_limit + own) / (shared_bytes + own)).min(TILES_WARPS / n_warps);
+        // One token's activations, in the tables' place, as `product_needs` has them.
+        let x_bytes = 2 * jobs[0].0.description.n_cols.next_multiple_of(32) + 192;
+        let each = match n_tokens {
+            1 => u32::from(fit > 1 && x_bytes <= n_teams * table_bytes),
+            _ => fit,
+        };
+        (cut.all_ctas(gated) <= each * self.n_multiprocessors).then_some(cut)
+    }
+
+    /// For several tokens otherwise.
     fn cut_many(&self, jobs: &[Job<'_>], n_tokens: u32, gated: bool) -> Result<Cut> {
         let matrices = || jobs.iter().map(|job| job.0);
         let n_teams = if gated { 2 } else { 1 };
@@ -990,13 +1049,19 @@ impl EncodedKernels {
 
     /// The launch that prepares the activations, a thread block a token. Those should fit on the multiprocessors that the product leaves idle, two on each: else
     /// some of its own wait for them. Where those have little to do, that counts most, and half as many threads take half of a multiprocessor. Where they have
-    /// more, or wait anyway, the sooner it is over the better, so that each token has a multiprocessor for itself.
+    /// more, or wait anyway, the sooner it is over the better, so that each token has a multiprocessor for itself. Beside those of a product that keeps its
+    /// codes they come to lie anywhere, and should fit beside 22 warps.
     fn prepare_grid(&self, n_tokens: u32, n_cols: u32, jobs: &[Job<'_>], cut: &Cut, all_ctas: u32) -> Grid {
         const MOST: u32 = 1024;
+        const BESIDE_TILES: u32 = 576;
         const FEW_ROWS: u32 = 2;
         let fit = 2 * self.n_multiprocessors.saturating_sub(all_ctas) >= n_tokens;
         let few_rows = jobs.iter().zip(cut.n_ctas).all(|(job, n)| job.0.n_row_blocks().div_ceil(n) <= FEW_ROWS);
-        let threads = if few_rows && !fit { MOST / 2 } else { MOST };
+        let threads = match (cut.tiles, few_rows && !fit) {
+            (true, _) => BESIDE_TILES,
+            (_, true) => MOST / 2,
+            _ => MOST,
+        };
         // What the threads do not hold in registers; or more than half of a multiprocessor's.
         let kept_bytes = (4 * n_cols).saturating_sub(HELD_BYTES * threads).min(KEPT_BYTES);
         let shared_bytes =
@@ -1507,7 +1572,6 @@ mod tests {
         let Some((device, kernels, mut upload)) = gpu() else { return };
         let stream = device.stream();
         let mut operand = kernels.operand(&device, 1024).unwrap();
-        let heights = [5760, 96, 33];
         let params = Params {
             parts_per_symbol: 8,
             table_bits: 10,
@@ -1521,8 +1585,10 @@ mod tests {
             let options = EncodeOptions { format: Format::Int8, params: Some(params), ..Default::default() };
             parse(encode_tensor(&tensor(n_rows, 1024, n_rows as u64), &options).unwrap())
         };
-        let matrices = heights.map(|n| DeviceMatrix::upload(&device, &kernels, &mut upload, &encode(n)).unwrap());
-        for n_tokens in [1, 5, 16] {
+        // The second three are decoded before the activations are known; of the first the second and third alone.
+        for (heights, n_tokens) in [[5760, 96, 33], [160, 96, 33]].into_iter().flat_map(|h| [1, 5, 16].map(|n| (h, n)))
+        {
+            let matrices = heights.map(|n| DeviceMatrix::upload(&device, &kernels, &mut upload, &encode(n)).unwrap());
             let x = stream.clone_htod(&random(n_tokens * 1024, 3)).unwrap();
             let mut outs = heights.map(|n| stream.alloc_zeros::<f32>(n_tokens * n).unwrap());
             let mut alone = heights.map(|n| stream.alloc_zeros::<f32>(n_tokens * n).unwrap());
@@ -1585,11 +1651,25 @@ mod tests {
                     &mut [Product { matrix: &matrices[0], bias: None, out: &mut sums, adds: true, first: 0 }];
                 kernels.product(&device, &mut operand, input, products).unwrap();
                 let sums = stream.clone_dtoh(&sums).unwrap();
+                let biases = [14, 15].map(|seed| random(n_rows, seed));
+                let biases_dev = [0, 1].map(|i| stream.clone_htod(&biases[i]).unwrap());
                 let [mut gated, mut unused] =
                     [(); 2].map(|()| stream.clone_htod(&vec![f32::NAN; n_tokens * n_rows]).unwrap());
                 let pair = &mut [
-                    Product { matrix: &matrices[0], bias: None, out: &mut gated, adds: false, first: 0 },
-                    Product { matrix: &matrices[1], bias: None, out: &mut unused, adds: false, first: 0 },
+                    Product {
+                        matrix: &matrices[0],
+                        bias: Some(&biases_dev[0]),
+                        out: &mut gated,
+                        adds: false,
+                        first: 0,
+                    },
+                    Product {
+                        matrix: &matrices[1],
+                        bias: Some(&biases_dev[1]),
+                        out: &mut unused,
+                        adds: false,
+                        first: 0,
+                    },
                 ];
                 let together = kernels.gated_product(&device, &mut operand, input, pair).unwrap();
                 let fit = matrices.iter().all(|m| m.table_bytes() <= 8 << 13);
@@ -1602,6 +1682,7 @@ mod tests {
                     if !together {
                         continue;
                     }
+                    let [a, b] = [a + f64::from(biases[0][i % n_rows]), b + f64::from(biases[1][i % n_rows])];
                     let silu = |v: f64| v / (1.0 + (-v).exp());
                     let (found, wanted) = (f64::from(gated[i]), silu(a) * b);
                     let off = 1.2 * a_off * b.abs() + silu(a).abs() * b_off + a_off * b_off + 1e-6;
