@@ -40,7 +40,7 @@ struct Launch {
     u8 raw_words;         // see prefetch_raw
     u8 paired;            // one token: thread blocks two by two, each two a cluster, have row blocks together
     u8 eager;             // EARLY: the next kernel may start at once; else once this one's first blocks are decoded
-    u16 window;           // the same: bytes of each warp's ring and parts
+    u16 window;           // the same: bytes of each warp's ring and parts; or of its tiles
     Task tasks[MAX_TASKS];
 };
 
@@ -978,7 +978,7 @@ __device__ __forceinline__ void load_operand(uint4 (&b)[BLOCK_UNITS], const uint
 }
 
 // The products of a block in `units` tiles with EIGHTS × 8 tokens, of which `x` has the lane's part of the block's first unit. Exact: leaves them in a slot, which
-// may lie where the tiles do.
+// may lie where the tiles do. What stands behind the block's tiles is read, too, and counts nothing.
 template <int EIGHTS>
 __device__ __forceinline__ void multiply_block(u32 tiles, u32 units, const uint4* x, u32 slot, u32 n_tokens) {
     const u32 lane = threadIdx.x % 32, at = tiles + Tile<32>::offset(lane & 15, lane & 16);

@@ -24,6 +24,11 @@ const PRODUCT_WARPS: u32 = 8;
 /// Columns of a block whose parts may wait for the activations, at most; and of one whose codes may (`BLOCK_UNITS` in encoded.cu).
 const EARLY_COLS: u32 = 512;
 const TILES_COLS: u32 = 256;
+/// Bytes of a warp that keeps codes: tiles, which are made from the front and so may come to lie on all but what is yet to be read, parts and raw bits at the
+/// end (`BlockSink` in encoded.cu). Always those of the largest block, for all are read, and those that the block does not have count nothing.
+const BLOCK_BYTES: u32 = TILES_COLS * BLOCK_ROWS as u32;
+/// A unit's tile is longer than its raw bits by 128 bytes for each bit fewer than eight: 3 bits, of which the window has those of six units, are overtaken first.
+const _: () = assert!(BLOCK_BYTES >= 5 * (8 - 3) * 128 + RING_BYTES + BLOCK_BYTES / 8);
 /// What else the latter's thread blocks need (`End` in encoded.cu), and how many of their warps a multiprocessor has registers for.
 const END_BYTES: u32 = 16 * 8 + 4 * 32 * 4 + 16 * 32 * 4;
 const TILES_WARPS: u32 = 32;
@@ -610,22 +615,9 @@ impl DeviceMatrix {
         self.kernels.product_early.is_some() && self.codec >> 4 == 8 && self.description.block_cols <= EARLY_COLS
     }
 
-    /// Bytes of a block's parts: a bit for each weight.
-    fn parts_bytes(&self) -> u32 {
-        self.description.block_cols * BLOCK_ROWS as u32 / 8
-    }
-
-    /// Bytes of a warp that keeps parts: its window, and those.
+    /// Bytes of a warp that does: its window, and a bit of parts for each weight.
     fn early_bytes(&self) -> u32 {
-        RING_BYTES + SCRATCH_BYTES.max(self.parts_bytes())
-    }
-
-    /// Bytes of a warp that keeps codes: tiles, which are made from the front and so may come to lie on all but what is yet to be read, parts and raw bits at
-    /// the end (`BlockSink` in encoded.cu). A unit's tile is longer than its raw bits by 128 bytes for each bit fewer than eight: 3 bits, of which the window
-    /// has those of six units, need to be ahead the most.
-    fn tiles_bytes(&self) -> u32 {
-        const AHEAD: u32 = 5 * (8 - 3) * 128;
-        (self.description.block_cols * BLOCK_ROWS as u32).max(AHEAD + RING_BYTES + self.parts_bytes())
+        RING_BYTES + SCRATCH_BYTES.max(self.description.block_cols * BLOCK_ROWS as u32 / 8)
     }
 }
 
@@ -971,7 +963,7 @@ impl EncodedKernels {
         let n_teams = if gated { 2 } else { 1 };
         let widest = matrices().map(|m| m.description.n_col_blocks).max()?;
         let table_bytes = matrices().map(DeviceMatrix::table_bytes).max()?;
-        let warp_bytes = matrices().map(DeviceMatrix::tiles_bytes).max()?;
+        let warp_bytes = BLOCK_BYTES;
         let n_warps = (n_teams * widest).max(PRODUCT_WARPS);
         let shared_bytes = n_teams * table_bytes + n_warps * warp_bytes + END_BYTES;
         let n_decoders = n_warps;
@@ -1572,23 +1564,25 @@ mod tests {
         let Some((device, kernels, mut upload)) = gpu() else { return };
         let stream = device.stream();
         let mut operand = kernels.operand(&device, 1024).unwrap();
-        let params = Params {
-            parts_per_symbol: 8,
-            table_bits: 10,
-            raw_bits: 7,
-            part_bits: 1,
-            block_cols: 32,
-            bias: 0,
-            trellis: false,
-        };
-        let encode = |n_rows: usize| {
+        let encode = |n_rows: usize, block_cols| {
+            let params = Params {
+                parts_per_symbol: 8,
+                table_bits: 10,
+                raw_bits: 7,
+                part_bits: 1,
+                block_cols,
+                bias: 0,
+                trellis: false,
+            };
             let options = EncodeOptions { format: Format::Int8, params: Some(params), ..Default::default() };
             parse(encode_tensor(&tensor(n_rows, 1024, n_rows as u64), &options).unwrap())
         };
-        // The second three are decoded before the activations are known; of the first the second and third alone.
-        for (heights, n_tokens) in [[5760, 96, 33], [160, 96, 33]].into_iter().flat_map(|h| [1, 5, 16].map(|n| (h, n)))
-        {
-            let matrices = heights.map(|n| DeviceMatrix::upload(&device, &kernels, &mut upload, &encode(n)).unwrap());
+        // The second three are decoded to tiles before the activations are known.
+        let sets = [([5760, 96, 33], 32), ([160, 96, 33], 64)];
+        for ((heights, block_cols), n_tokens) in sets.into_iter().flat_map(|set| [1, 5, 16].map(|n| (set, n))) {
+            let upload = &mut upload;
+            let matrices =
+                heights.map(|n| DeviceMatrix::upload(&device, &kernels, upload, &encode(n, block_cols)).unwrap());
             let x = stream.clone_htod(&random(n_tokens * 1024, 3)).unwrap();
             let mut outs = heights.map(|n| stream.alloc_zeros::<f32>(n_tokens * n).unwrap());
             let mut alone = heights.map(|n| stream.alloc_zeros::<f32>(n_tokens * n).unwrap());
