@@ -175,13 +175,14 @@ struct Patches {
     }
 };
 
-// A value as 16-bit fixed point, 255 · high + low, as codec/src/product.rs defines it: `high` and `low` are the lowest bytes of these. Rounded by adding 1.5 · 2^23,
-// whose lowest byte is zero, for conversions to integers go to a pipe of an eighth of the speed.
+// A value as 16-bit fixed point, 255 · high + low, as codec/src/product.rs defines it: `high` and `low` are the lowest bytes of these. Rounded by adding numbers from
+// 2^23 to 2^24 whose lowest byte is zero, for conversions to integers go to a pipe of an eighth of the speed. The first one, divided by 255, is an integer but for
+// 5 · 10^-5; a fixed-point number so divided is at least 2 · 10^-3 from where it would be rounded otherwise, so that one rounding does as well as three.
 struct Fixed {
     u32 high, low;
     __device__ __forceinline__ Fixed(float v, float ratio) {
-        constexpr float ROUND = 12582912.0f;
-        const float fixed = __fadd_rn(__fmul_rn(v, ratio), ROUND), part = __fadd_rn(__fmul_rn(fixed - ROUND, 1.0f / 255.0f), ROUND);
+        constexpr float ROUND = 0xfeff00, QUOTIENT = 0xffff, ROUND_HIGH = 0xc00000;
+        const float fixed = __fadd_rn(__fmul_rn(v, ratio), ROUND), part = __fmaf_rn(fixed, 1.0f / 255.0f, ROUND_HIGH - QUOTIENT);
         high = __float_as_uint(part);
         low = __float_as_uint(fixed) + high;  // minus 256 · high
     }
@@ -228,29 +229,29 @@ struct Input {
     bool bf16;
     u32 n_cols, n_quads;  // n_quads: up to a multiple of 32 columns
     float4 held[HELD];
-    float squares = 0, most = 0;  // `most`: magnitude, or what is no number; ordered as its bits are
+    float squares = 0, most = 0;  // `most`: magnitude, or what is no number, whose bits are more than any other's
     const u8* kept = nullptr;     // what keep() copied, and where it ends
     u32 kept_end = 0;
 
-    __device__ __forceinline__ float4 quad(const void* from, u32 i, bool bf16) const {
-        if (n_cols % 4) return ragged_quad(from, i, n_cols, bf16);
-        if (4 * i >= n_cols) return {};
+    // Columns of a row that begins at a multiple of four columns, as all do of which there are four.
+    static __device__ __forceinline__ float4 whole_quad(const void* from, u32 i, bool bf16) {
         if (!bf16) return ((const float4*)from)[i];
         const uint2 pairs = ((const uint2*)from)[i];
         const float2 low = widen(pairs.x), high = widen(pairs.y);
         return {low.x, low.y, high.x, high.y};
     }
+    __device__ __forceinline__ float4 quad(const void* from, u32 i, bool bf16) const {
+        if (n_cols % 4) return ragged_quad(from, i, n_cols, bf16);
+        return 4 * i < n_cols ? whole_quad(from, i, bf16) : float4{};
+    }
     __device__ __forceinline__ float4 values(u32 i) const { return quad(x, i, bf16); }
-    // Of columns that are not held.
-    __device__ __forceinline__ float4 further(u32 i) const { return i < kept_end ? quad(kept, i, bf16) : values(i); }
     __device__ __forceinline__ float4 weights(u32 i) const { return norm ? quad(norm, i, false) : float4{1, 1, 1, 1}; }
     static __device__ __forceinline__ float4 times(float4 v, float4 w) { return {v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w}; }
     __device__ __forceinline__ float4 count(float4 v, float4 w) {
         squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
         v = times(v, w);
-        auto bits = [](float v) { return __float_as_uint(fabsf(v)); };
-        const u32 all = max(max(bits(v.x), bits(v.y)), max(bits(v.z), bits(v.w)));
-        most = __uint_as_float(max(__float_as_uint(most), all));
+        auto at_least = [&](float v) { asm("max.NaN.f32 %0, %0, %1;" : "+f"(most) : "f"(fabsf(v))); };
+        at_least(v.x), at_least(v.y), at_least(v.z), at_least(v.w);
         return v;
     }
     // Asks for the first columns. `x` null stands for zeros.
@@ -266,20 +267,29 @@ struct Input {
     __device__ __forceinline__ void keep(u8* shared, u32 room) {
         const u32 first = HELD * blockDim.x, bytes = bf16 ? 8 : 16, n_whole = n_cols % 4 ? 0 : n_cols / 4;
         kept = shared - first * bytes, kept_end = min(n_whole, first + room / bytes);
-        for (u32 i = first + threadIdx.x; i < kept_end; i += blockDim.x) {
-            const u32 to = (u32)__cvta_generic_to_shared(shared) + (i - first) * bytes;
-            if (bf16) asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"((const u8*)x + (u64)i * 8) : "memory");
-            else copy_async(to, (const u8*)x + (u64)i * 16);
-        }
+        for_kept([&](u32 i, auto bf16) INLINE {
+            constexpr u32 BYTES = holds(bf16) ? 8 : 16;
+            copy_async<BYTES>((u32)__cvta_generic_to_shared(kept) + i * BYTES, (const u8*)x + i * BYTES);
+        });
         commit_copies();
+    }
+    // Calls f(i, whether they are bf16) for the quads that are kept; returns the thread's first that is not.
+    template <class F>
+    __device__ __forceinline__ u32 for_kept(F f) const {
+        u32 i = threadIdx.x + HELD * blockDim.x;
+        if (bf16) for (; i < kept_end; i += blockDim.x) f(i, std::true_type());
+        else for (; i < kept_end; i += blockDim.x) f(i, std::false_type());
+        return i;
     }
     // Calls f(i, columns 4i to 4i + 3, the norm's weights) for those that are not held.
     template <class F>
     __device__ __forceinline__ void for_further(F f) const {
-        for (u32 first = threadIdx.x + HELD * blockDim.x; first < n_quads; first += TOGETHER * blockDim.x) {
+        u32 first = threadIdx.x + HELD * blockDim.x;
+        if (kept) first = for_kept([&](u32 i, auto bf16) INLINE { f(i, whole_quad(kept, i, holds(bf16)), weights(i)); });
+        for (; first < n_quads; first += TOGETHER * blockDim.x) {
             float4 v[TOGETHER], w[TOGETHER];
 #pragma unroll
-            for (u32 t = 0; t < TOGETHER; t++) v[t] = further(first + t * blockDim.x), w[t] = weights(first + t * blockDim.x);
+            for (u32 t = 0; t < TOGETHER; t++) v[t] = values(first + t * blockDim.x), w[t] = weights(first + t * blockDim.x);
 #pragma unroll
             for (u32 t = 0; t < TOGETHER; t++) {
                 if (first + t * blockDim.x < n_quads) f(first + t * blockDim.x, v[t], w[t]);
@@ -300,7 +310,8 @@ struct Input {
         const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         const u32 most_bits = __reduce_max_sync(FULL, __float_as_uint(most));
         if (norm) squares = warp_sum(squares);
-        if (lane == 0) all_squares[warp] = squares, all_most[warp] = most_bits;
+        if (lane == 0) all_most[warp] = most_bits;
+        if (norm && lane == 0) all_squares[warp] = squares;
         __syncthreads();
         const bool holds = lane < blockDim.x / 32;
         most = __uint_as_float(__reduce_max_sync(FULL, holds ? all_most[lane] : 0));
@@ -428,6 +439,8 @@ struct DenseSink {
         __syncwarp();
         const u32 used = min(ROW, (n_cols - tile_col) * ELEMENT), rows = min(32u, m.n_rows - i * 32);
         u8* to = out + ((u64)i * 32 * m.n_cols + first_col + tile_col) * ELEMENT;
+        // Not before: what is decoded until here depends on no other kernel.
+        wait_for_previous();
         const u64 stride = (u64)m.n_cols * ELEMENT;
         if (stride % 16 == 0) {
             // Two rows at once, then the next; as many loads together as there are registers for.
@@ -977,6 +990,17 @@ __device__ __forceinline__ void load_operand(uint4 (&b)[BLOCK_UNITS], const uint
     }
 }
 
+// Adds the products of a tile, of which the lane's 16 bytes of the first 16 rows are at `at`, with eight tokens.
+__device__ __forceinline__ void multiply_tile(i32 (&high)[2][4], i32 (&low)[2][4], u32 at, uint4 b) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        u32 a[4];
+        load_matrix(a, at + half * (BlockSink::TILE / 2));
+        mma(high[half], a, b.x, b.y);
+        mma(low[half], a, b.z, b.w);
+    }
+}
+
 // The products of a block in `units` tiles with EIGHTS × 8 tokens, of which `x` has the lane's part of the block's first unit. Exact: leaves them in a slot, which
 // may lie where the tiles do. What stands behind the block's tiles is read, too, and counts nothing.
 template <int EIGHTS>
@@ -989,15 +1013,7 @@ __device__ __forceinline__ void multiply_block(u32 tiles, u32 units, const uint4
     for (int n = 0; n < EIGHTS; n++) {
         i32 high[2][4] = {}, low[2][4] = {};
 #pragma unroll
-        for (u32 u = 0; u < BLOCK_UNITS; u++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                u32 a[4];
-                load_matrix(a, at + u * BlockSink::TILE + half * (BlockSink::TILE / 2));
-                mma(high[half], a, b[u].x, b[u].y);
-                mma(low[half], a, b[u].z, b[u].w);
-            }
-        }
+        for (u32 u = 0; u < BLOCK_UNITS; u++) multiply_tile(high, low, at + u * BlockSink::TILE, b[u]);
         if (EIGHTS > 1 && n == 0) load_operand<0, EIGHTS * 512, 512>(b, x, units);
 #pragma unroll
         for (int s = 0; s < 4; s++) {
@@ -1017,13 +1033,7 @@ __device__ __forceinline__ void multiply_block(u32 tiles, u32 units, const uint2
     for (u32 u = 0; u < BLOCK_UNITS; u++) {
         uint2 first = {}, second = {};
         if (lane < 4 && u < units) first = x[u * 8 + lane], second = x[u * 8 + 4 + lane];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            u32 a[4];
-            load_matrix(a, at + u * BlockSink::TILE + half * (BlockSink::TILE / 2));
-            mma(high[half], a, first.x, second.x);
-            mma(low[half], a, first.y, second.y);
-        }
+        multiply_tile(high, low, at + u * BlockSink::TILE, {first.x, second.x, first.y, second.y});
     }
     __syncwarp();
     put_sums<1>(slot, 1, [&](int half, int, int s) INLINE { return (u64)(i64)(255 * high[half][s] + low[half][s]); });
@@ -1140,7 +1150,6 @@ __device__ __forceinline__ void decode_shares(const Launch& launch, With with) {
         reader.open(m, stream, ring, lane);
         prefetch_raw(m, i, j, lane, launch.raw_words);
     }
-    wait_for_previous();
     start_next();
     wait_for_table(first < end);
     __syncthreads();
@@ -1434,8 +1443,8 @@ __device__ __forceinline__ void multiply_tiles(const Launch& launch, With with) 
     for (int n = 0; n < TURNS; n++) {
         const u32 token = token_of(n);
         if (token >= n_tokens || !has_row) break;
-        if (EIGHTS && lane == 0) copy_async<8>(&end.units[token], launch.units + token);
-        if (task0.adds) copy_async<4>(&end.added[token][lane], (const float*)task0.out + place(token));
+        if (EIGHTS && lane == 0) copy_async<8>((u32)__cvta_generic_to_shared(&end.units[token]), launch.units + token);
+        if (task0.adds) copy_async<4>((u32)__cvta_generic_to_shared(&end.added[token][lane]), (const float*)task0.out + place(token));
     }
     commit_copies();
     if constexpr (EIGHTS > 0) {
@@ -1594,10 +1603,11 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_int8_mma(const __grid
     input.keep(shared_memory, dynamic_bytes());
     input.read();
     const float ratio = fixed_ratio(input.most, input.finite());
-    input.for_each([&](u32 i, float4 v) {
+    // A thread's quads are all the same one of a unit's eight.
+    u32* const first = (u32*)p.out + ((u64)token / 8 * 32 + token % 8 * 4 + threadIdx.x % 4) * 4 + threadIdx.x % 8 / 4;
+    input.for_each([&](u32 i, float4 v) INLINE {
         const Fixed a(v.x, ratio), b(v.y, ratio), c(v.z, ratio), d(v.w, ratio);
-        const u32 lane = token % 8 * 4 + i % 4;
-        u32* to = (u32*)p.out + ((u64)(i / 8 * tiles + token / 8) * 32 + lane) * 4 + i % 8 / 4;
+        u32* to = first + i / 8 * tiles * 128;
         to[0] = pack(a.high, b.high, c.high, d.high), to[2] = pack(a.low, b.low, c.low, d.low);
     });
     if (threadIdx.x == 0 && token < p.n_tokens) p.units[token] = fixed_unit(ratio, input.finite());

@@ -21,16 +21,18 @@ pub(super) const PRODUCT_TOKENS: usize = 16;
 const MAX_TASKS: usize = 8;
 /// Warps of a thread block that multiplies, at least: they bring in the activations.
 const PRODUCT_WARPS: u32 = 8;
-/// Columns of a block whose parts may wait for the activations, at most; and of one whose codes may (`BLOCK_UNITS` in encoded.cu).
+/// Columns of a block whose parts may wait for the activations, at most.
 const EARLY_COLS: u32 = 512;
+/// The same of a block whose codes may (`BLOCK_UNITS` in encoded.cu).
 const TILES_COLS: u32 = 256;
 /// Bytes of a warp that keeps codes: tiles, which are made from the front and so may come to lie on all but what is yet to be read, parts and raw bits at the
 /// end (`BlockSink` in encoded.cu). Always those of the largest block, for all are read, and those that the block does not have count nothing.
 const BLOCK_BYTES: u32 = TILES_COLS * BLOCK_ROWS as u32;
 /// A unit's tile is longer than its raw bits by 128 bytes for each bit fewer than eight: 3 bits, of which the window has those of six units, are overtaken first.
 const _: () = assert!(BLOCK_BYTES >= 5 * (8 - 3) * 128 + RING_BYTES + BLOCK_BYTES / 8);
-/// What else the latter's thread blocks need (`End` in encoded.cu), and how many of their warps a multiprocessor has registers for.
+/// What else their thread blocks need (`End` in encoded.cu).
 const END_BYTES: u32 = 16 * 8 + 4 * 32 * 4 + 16 * 32 * 4;
+/// How many of their warps a multiprocessor has registers for.
 const TILES_WARPS: u32 = 32;
 /// How much of what a multiprocessor takes at once a product has at most that counts as small: a thread block for every row block then, so that several
 /// fit on a multiprocessor, those of the next kernel beside the last of this one. They decode early, which takes half as many instructions more, and
@@ -837,8 +839,12 @@ impl EncodedKernels {
         let (units, n_tokens, bf16) = (scratch.units, n_tokens as u32, bf16.into());
         let cut = self.cut(jobs, n_tokens, gated)?;
         let one = &jobs[0].0.kernels;
-        // For one token, eight and sixteen.
-        let which = n_tokens.div_ceil(8) as usize - usize::from(n_tokens == 1);
+        // The kernel for one token, eight or sixteen.
+        let which = match n_tokens {
+            1 => 0,
+            2..=8 => 1,
+            _ => 2,
+        };
         let tiles = one.products_tiles.as_ref().filter(|_| cut.tiles).map(|kernels| &kernels[which]);
         let kernel = match (tiles, which) {
             (Some(kernel), _) => kernel,
@@ -963,19 +969,16 @@ impl EncodedKernels {
         let n_teams = if gated { 2 } else { 1 };
         let widest = matrices().map(|m| m.description.n_col_blocks).max()?;
         let table_bytes = matrices().map(DeviceMatrix::table_bytes).max()?;
-        let warp_bytes = BLOCK_BYTES;
         let n_warps = (n_teams * widest).max(PRODUCT_WARPS);
-        let shared_bytes = n_teams * table_bytes + n_warps * warp_bytes + END_BYTES;
-        let n_decoders = n_warps;
-        let mut cut =
-            Cut { n_warps, n_decoders, table_bytes, warp_bytes, shared_bytes, tiles: true, ..Default::default() };
+        let shared_bytes = n_teams * table_bytes + n_warps * BLOCK_BYTES + END_BYTES;
+        let mut cut = Cut { n_warps, n_decoders: n_warps, table_bytes, shared_bytes, ..Default::default() };
+        (cut.tiles, cut.warp_bytes) = (true, BLOCK_BYTES);
         cut.n_ctas.iter_mut().zip(matrices()).for_each(|(n, m)| *n = m.n_row_blocks());
         let own = DECLARED_BYTES + RESERVED_BYTES;
         let fit = ((self.shared_limit + own) / (shared_bytes + own)).min(TILES_WARPS / n_warps);
-        // One token's activations, in the tables' place, as `product_needs` has them.
-        let x_bytes = 2 * jobs[0].0.description.n_cols.next_multiple_of(32) + 192;
         let each = match n_tokens {
-            1 => u32::from(fit > 1 && x_bytes <= n_teams * table_bytes),
+            // The activations come to lie in the tables' place.
+            1 => u32::from(fit > 1 && product_needs(jobs[0].0).block_bytes <= n_teams * table_bytes),
             _ => fit,
         };
         (cut.all_ctas(gated) <= each * self.n_multiprocessors).then_some(cut)
@@ -1579,10 +1582,11 @@ mod tests {
         };
         // The second three are decoded to tiles before the activations are known.
         let sets = [([5760, 96, 33], 32), ([160, 96, 33], 64)];
-        for ((heights, block_cols), n_tokens) in sets.into_iter().flat_map(|set| [1, 5, 16].map(|n| (set, n))) {
-            let upload = &mut upload;
-            let matrices =
-                heights.map(|n| DeviceMatrix::upload(&device, &kernels, upload, &encode(n, block_cols)).unwrap());
+        let sets = sets.map(|(heights, block_cols)| {
+            let upload = |n| DeviceMatrix::upload(&device, &kernels, &mut upload, &encode(n, block_cols)).unwrap();
+            (heights, heights.map(upload))
+        });
+        for ((heights, matrices), n_tokens) in sets.iter().flat_map(|set| [1, 5, 16].map(|n| (set, n))) {
             let x = stream.clone_htod(&random(n_tokens * 1024, 3)).unwrap();
             let mut outs = heights.map(|n| stream.alloc_zeros::<f32>(n_tokens * n).unwrap());
             let mut alone = heights.map(|n| stream.alloc_zeros::<f32>(n_tokens * n).unwrap());
@@ -1592,7 +1596,7 @@ mod tests {
             for pair in matrices.iter().zip(&mut alone) {
                 kernels.product(&device, &mut operand, plain_input(&x, n_tokens), &mut [product(pair)]).unwrap();
             }
-            for (n_rows, (together, alone)) in heights.into_iter().zip(outs.iter().zip(&alone)) {
+            for (&n_rows, (together, alone)) in heights.iter().zip(outs.iter().zip(&alone)) {
                 let [together, alone] = [together, alone].map(|out| stream.clone_dtoh(out).unwrap());
                 assert_same(&format!("{n_rows} rows, {n_tokens} tokens"), n_rows, &together, &alone);
             }
@@ -1649,22 +1653,14 @@ mod tests {
                 let biases_dev = [0, 1].map(|i| stream.clone_htod(&biases[i]).unwrap());
                 let [mut gated, mut unused] =
                     [(); 2].map(|()| stream.clone_htod(&vec![f32::NAN; n_tokens * n_rows]).unwrap());
-                let pair = &mut [
-                    Product {
-                        matrix: &matrices[0],
-                        bias: Some(&biases_dev[0]),
-                        out: &mut gated,
-                        adds: false,
-                        first: 0,
-                    },
-                    Product {
-                        matrix: &matrices[1],
-                        bias: Some(&biases_dev[1]),
-                        out: &mut unused,
-                        adds: false,
-                        first: 0,
-                    },
-                ];
+                let product = |i: usize, out| Product {
+                    matrix: &matrices[i],
+                    bias: Some(&biases_dev[i]),
+                    out,
+                    adds: false,
+                    first: 0,
+                };
+                let pair = &mut [product(0, &mut gated), product(1, &mut unused)];
                 let together = kernels.gated_product(&device, &mut operand, input, pair).unwrap();
                 let fit = matrices.iter().all(|m| m.table_bytes() <= 8 << 13);
                 assert_eq!(together, fit && Arc::ptr_eq(&matrices[0].kernels, &matrices[1].kernels), "{what}");
