@@ -46,9 +46,15 @@ pub(super) const CODES: KernelFile = kernel_file!("codes");
 pub(super) const BENCH: KernelFile = kernel_file!("bench");
 
 /// What sources include, and what stands for NVIDIA's and the standard library's headers.
-const HEADERS: [(&CStr, &str); 5] = [
+const HEADERS: [(&CStr, &str); 11] = [
+    (c"activations.cuh", include_str!("../../cuda/activations.cuh")),
     (c"common.cuh", include_str!("../../cuda/common.cuh")),
     (c"decode.cuh", include_str!("../../cuda/decode.cuh")),
+    (c"launch.cuh", include_str!("../../cuda/launch.cuh")),
+    (c"one_token.cuh", include_str!("../../cuda/one_token.cuh")),
+    (c"rows.cuh", include_str!("../../cuda/rows.cuh")),
+    (c"tiles.cuh", include_str!("../../cuda/tiles.cuh")),
+    (c"values.cuh", include_str!("../../cuda/values.cuh")),
     (c"cuda_bf16.h", STAND_IN),
     (c"cstdint", STAND_IN),
     (c"type_traits", STAND_IN),

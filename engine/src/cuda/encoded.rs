@@ -23,10 +23,10 @@ const MAX_TASKS: usize = 8;
 const PRODUCT_WARPS: u32 = 8;
 /// Columns of a block whose parts may wait for the activations, at most.
 const EARLY_COLS: u32 = 512;
-/// The same of a block whose codes may (`BLOCK_UNITS` in encoded.cu).
+/// The same of a block whose codes may (`BLOCK_UNITS` in tiles.cuh).
 const TILES_COLS: u32 = 256;
 /// Bytes of a warp that keeps codes: tiles, which are made from the front and so may come to lie on all but what is yet to be read, parts and raw bits at the
-/// end (`BlockSink` in encoded.cu). Always those of the largest block, for all are read, and those that the block does not have count nothing.
+/// end (`BlockSink` in tiles.cuh). Always those of the largest block, for all are read, and those that the block does not have count nothing.
 const BLOCK_BYTES: u32 = TILES_COLS * BLOCK_ROWS as u32;
 /// A unit's tile is longer than its raw bits by 128 bytes for each bit fewer than eight: 3 bits, of which the window has those of six units, are overtaken first.
 const _: () = assert!(BLOCK_BYTES >= 5 * (8 - 3) * 128 + RING_BYTES + BLOCK_BYTES / 8);
@@ -43,9 +43,9 @@ const RING_BYTES: u32 = 2560;
 const SCRATCH_BYTES: u32 = 256;
 /// What a decode to rows needs: a smaller window, and tiles where warps collect 256 bytes of 32 rows.
 const DENSE_NEEDS: Needs = Needs { warp_bytes: 2048 + 32 * 256, block_bytes: 0, warps: 20 };
-/// Rows and columns of a plain matrix's blocks: four groups of columns whose sums are float32 (`GROUP` in encoded.cu).
+/// Rows and columns of a plain matrix's blocks: four groups of columns whose sums are float32 (`GROUP` in one_token.cuh).
 const PLAIN_BLOCK: (u32, u32) = (8, 512);
-/// Bytes of a warp's window on a plain matrix (`PlainReader` in encoded.cu).
+/// Bytes of a warp's window on a plain matrix (`PlainReader` in one_token.cuh).
 const PLAIN_BYTES: u32 = 4 * 2048;
 /// Rows and columns of plain matrices are padded to a multiple of this.
 pub(super) const PLAIN_ALIGN: usize = 8;
@@ -63,12 +63,12 @@ const MULTIPLIERS: u32 = 8;
 const MANY_WARPS: u32 = DECODERS + MULTIPLIERS;
 /// Warps of the kernels for one token that have fewer than 32, with more registers each (`product_1_bf16_few` in encoded.cu).
 const FEW_WARPS: u32 = 28;
-/// Bytes of a decoder's tiles and of their barriers (`Tiles` in encoded.cu), of the row blocks' barriers, and, for eight tokens, of a multiplier's activations.
+/// Bytes of a decoder's tiles and of their barriers (`Tiles` in tiles.cuh), of the row blocks' barriers, and, for eight tokens, of a multiplier's activations.
 const TILES_BYTES: u32 = 4096;
 const BARRIER_BYTES: u32 = 64;
 const ROWS_BYTES: u32 = 8 * MULTIPLIERS;
 const X_BYTES: u32 = 3 * 1024;
-/// Of a token's activations, in f32: what each thread that prepares them holds (`Input::held` in encoded.cu), and what its thread block keeps in shared memory
+/// Of a token's activations, in f32: what each thread that prepares them holds (`Input::held` in activations.cuh), and what its thread block keeps in shared memory
 /// at most. So four thread blocks fit on a multiprocessor.
 const HELD_BYTES: u32 = 2 * 16;
 const KEPT_BYTES: u32 = 40 << 10;
@@ -121,7 +121,7 @@ impl Description {
     }
 }
 
-/// `Task` in encoded.cu.
+/// `Task` in launch.cuh.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 struct Task {
@@ -138,7 +138,7 @@ struct Task {
     adds: u16,
 }
 
-/// `Launch` in encoded.cu.
+/// `Launch` in launch.cuh.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 struct Launch {
