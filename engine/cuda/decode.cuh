@@ -22,7 +22,7 @@ constexpr int BF16 = 0, FP8 = 1, INT8 = 2;  // the header's numbers
 constexpr int ANY = -1;                     // a parameter that the tensor's description holds, not the kernel's type
 constexpr u32 FULL = 0xffffffff;
 
-// A tensor in device memory. engine/src/cuda/encoded.rs has the same structure. Small, like all parameters: a kernel waits for each line of them that it reads.
+// A tensor in device memory. engine/src/cuda/encoded/matrix.rs has the same structure. Small, like all parameters: a kernel waits for each line of them that it reads.
 struct Matrix {
     const uint2* table;        // [2^T], 16-byte aligned: see Codec::assemble and step
     const u8* stream;          // 16-byte aligned

@@ -389,7 +389,7 @@ __device__ __forceinline__ void gather(const Launch& launch, With with) {
 }
 
 // Calls f with the codec that has these parts a symbol and raw bits: what the encoder chooses. Others (0) have kernels of their
-// own, several times slower. engine/src/cuda/encoded.rs has the same list.
+// own, several times slower. engine/src/cuda/encoded/matrix.rs has the same list.
 template <int FORMAT, class F>
 __device__ __forceinline__ void with_codec(u32 codec, F f) {
 #define CODEC(G, K) case G << 4 | K: return f(Codec<FORMAT, G, K>());

@@ -3,10 +3,11 @@
 //! Nothing here allocates on the GPU or waits, once an [`External`] is open: whoever calls brings all memory. So every launch
 //! may be part of that library's graphs, and its allocator knows of every byte.
 
+use super::matrix::{DeviceMatrix, check_layout, table_entries};
 use super::{
-    Device, DeviceMatrix, EncodedKernels, Error, Input, Job, Launch, Layout, PRODUCT_TOKENS, Result, Scratch, Task,
-    check_layout, groups, operand_bytes, table_entries,
+    Device, EncodedKernels, Error, Input, Job, Launch, PRODUCT_TOKENS, Result, Scratch, Task, groups, operand_bytes,
 };
+use codecllm_codec::Layout;
 
 /// A GPU with the kernels loaded, for matrices and streams of another library.
 pub struct External {
