@@ -9,7 +9,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused: missing file, full disk, no permission.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {source}{advice}", path = path.display(), advice = advice(source))]
     Io {
         /// The file or folder concerned.
         path: PathBuf,
@@ -38,6 +38,15 @@ pub enum Error {
     /// The caller's stop flag was set; nothing was written in the target's place.
     #[error("interrupted")]
     Interrupted,
+}
+
+/// What to do about an I/O error, where its own text does not say it.
+fn advice(source: &std::io::Error) -> &'static str {
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    match source.kind() {
+        StorageFull | QuotaExceeded => "; make room there, or choose another place",
+        _ => "",
+    }
 }
 
 impl Error {
@@ -69,5 +78,25 @@ impl Error {
             Self::Parameter(problem) => Self::Parameter(format!("{place}: {problem}")),
             other => other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_full_disk_is_told_with_what_to_do() {
+        use std::io::Write;
+        let path = "/dev/full";
+        let full = std::fs::File::create(path).and_then(|mut f| f.write_all(b"x")).unwrap_err();
+        let text = Error::io(path, full).to_string();
+        assert!(
+            text.starts_with("/dev/full: ") && text.ends_with("; make room there, or choose another place"),
+            "{text}"
+        );
+        let missing = Error::io("x", std::io::ErrorKind::NotFound.into()).to_string();
+        assert!(!missing.contains(';'), "{missing}");
     }
 }

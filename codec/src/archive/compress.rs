@@ -77,7 +77,9 @@ fn plan_selected(
         (Format::Rate, None) => {
             Err(Error::Parameter("format `rate` needs a target: bits per weight, a size, or a KL divergence".into()))
         }
-        (format, _) => Err(Error::Parameter(format!("format `{format}` takes no target"))),
+        (format, _) => Err(Error::Parameter(format!(
+            "format `{format}` takes no target; bits per weight, a size, or a KL divergence are chosen with format `rate`"
+        ))),
     }
 }
 
