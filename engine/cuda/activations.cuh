@@ -49,31 +49,55 @@ __device__ __noinline__ float4 ragged_quad(const void* from, u32 i, u32 n_cols, 
 
 // One token's activations, read by all threads of the block together, times the norm's weight. `held` are those of the first
 // columns, so that they need not be read again; of the others TOGETHER quads a thread are on their way at once.
-template <u32 TOGETHER>
+template <u32 HELD, u32 TOGETHER>
 struct Input {
-    static constexpr u32 HELD = 2;
     const void* x;  // f32, or bf16
     const float* norm;
     bool bf16;
     u32 n_cols, n_quads;  // n_quads: up to a multiple of 32 columns
-    float4 held[HELD];
+    float4 held[HELD], held_weights[HELD];
     float squares = 0, most = 0;  // `most`: magnitude, or what is no number, whose bits are more than any other's
     const u8* kept = nullptr;     // what keep() copied, and where it ends
     u32 kept_end = 0;
 
-    // Columns of a row that begins at a multiple of four columns, as all do of which there are four.
-    static __device__ __forceinline__ float4 whole_quad(const void* from, u32 i, bool bf16) {
-        if (!bf16) return ((const float4*)from)[i];
-        const uint2 pairs = ((const uint2*)from)[i];
-        const float2 low = widen(pairs.x), high = widen(pairs.y);
+    // Asks for what depends on no other kernel, the norm's weights of the first columns. `x` null stands for zeros.
+    __device__ __forceinline__ Input(const void* x, const float* norm, bool bf16, u32 n_cols)
+        : x(x), norm(norm), bf16(bf16), n_cols(x ? n_cols : 0), n_quads((n_cols + 31) / 32 * 8) {
+        ask_weights(threadIdx.x, held_weights);
+    }
+    // Asks for the first columns.
+    __device__ __forceinline__ void ask_held() { ask(x, bf16, threadIdx.x, held); }
+    // Asks for quads as far apart as the block is wide. They stay as they lie in memory until numbers() is told of them, for whoever makes something of one waits
+    // for it, and the next is not yet asked for.
+    template <u32 N>
+    __device__ __forceinline__ void ask(const void* from, bool bf16, u32 first, float4 (&to)[N]) const {
+        auto each = [&](auto load) INLINE {
+#pragma unroll
+            for (u32 n = 0; n < N; n++) to[n] = {}, load(first + n * blockDim.x, to[n]);
+        };
+        if (n_cols % 4) {
+            each([&](u32 i, float4& to) INLINE { to = ragged_quad(from, i, n_cols, bf16); });
+        } else if (bf16) {
+            each([&](u32 i, float4& to) INLINE {
+                if (4 * i < n_cols) asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(to.x), "=f"(to.y) : "l"((const uint2*)from + i));
+            });
+        } else {
+            each([&](u32 i, float4& to) INLINE {
+                if (4 * i < n_cols) asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(to.x), "=f"(to.y), "=f"(to.z), "=f"(to.w) : "l"((const float4*)from + i));
+            });
+        }
+    }
+    template <u32 N>
+    __device__ __forceinline__ void ask_weights(u32 first, float4 (&to)[N]) const {
+#pragma unroll
+        for (u32 n = 0; n < N; n++) to[n] = {1, 1, 1, 1};
+        if (norm) ask(norm, false, first, to);
+    }
+    __device__ __forceinline__ float4 numbers(float4 v) const { return bf16 && n_cols % 4 == 0 ? widened(v) : v; }
+    static __device__ __forceinline__ float4 widened(float4 v) {
+        const float2 low = widen(__float_as_uint(v.x)), high = widen(__float_as_uint(v.y));
         return {low.x, low.y, high.x, high.y};
     }
-    __device__ __forceinline__ float4 quad(const void* from, u32 i, bool bf16) const {
-        if (n_cols % 4) return ragged_quad(from, i, n_cols, bf16);
-        return 4 * i < n_cols ? whole_quad(from, i, bf16) : float4{};
-    }
-    __device__ __forceinline__ float4 values(u32 i) const { return quad(x, i, bf16); }
-    __device__ __forceinline__ float4 weights(u32 i) const { return norm ? quad(norm, i, false) : float4{1, 1, 1, 1}; }
     static __device__ __forceinline__ float4 times(float4 v, float4 w) { return {v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w}; }
     __device__ __forceinline__ float4 count(float4 v, float4 w) {
         squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
@@ -81,15 +105,6 @@ struct Input {
         auto at_least = [&](float v) { asm("max.NaN.f32 %0, %0, %1;" : "+f"(most) : "f"(fabsf(v))); };
         at_least(v.x), at_least(v.y), at_least(v.z), at_least(v.w);
         return v;
-    }
-    // Asks for the first columns. `x` null stands for zeros.
-    __device__ __forceinline__ Input(const void* x, const float* norm, bool bf16, u32 n_cols)
-        : x(x), norm(norm), bf16(bf16), n_cols(x ? n_cols : 0), n_quads((n_cols + 31) / 32 * 8) {
-#pragma unroll
-        for (u32 h = 0; h < HELD; h++) {
-            const u32 i = threadIdx.x + h * blockDim.x;
-            held[h] = i < n_quads ? values(i) : float4{};
-        }
     }
     // Asks for as many of the columns that are not held as shared memory has room for, so that they all come at once, and once. A thread reads what it asked for.
     __device__ __forceinline__ void keep(u8* shared, u32 room) {
@@ -113,14 +128,24 @@ struct Input {
     template <class F>
     __device__ __forceinline__ void for_further(F f) const {
         u32 first = threadIdx.x + HELD * blockDim.x;
-        if (kept) first = for_kept([&](u32 i, auto bf16) INLINE { f(i, whole_quad(kept, i, holds(bf16)), weights(i)); });
+        if (kept) {
+            first = for_kept([&](u32 i, auto bf16) INLINE {
+                float4 w[1];
+                ask_weights(i, w);
+                if constexpr (holds(bf16)) {
+                    const float2 v = ((const float2*)kept)[i];
+                    f(i, widened({v.x, v.y}), w[0]);
+                } else {
+                    f(i, ((const float4*)kept)[i], w[0]);
+                }
+            });
+        }
         for (; first < n_quads; first += TOGETHER * blockDim.x) {
             float4 v[TOGETHER], w[TOGETHER];
-#pragma unroll
-            for (u32 t = 0; t < TOGETHER; t++) v[t] = values(first + t * blockDim.x), w[t] = weights(first + t * blockDim.x);
+            ask(x, bf16, first, v), ask_weights(first, w);
 #pragma unroll
             for (u32 t = 0; t < TOGETHER; t++) {
-                if (first + t * blockDim.x < n_quads) f(first + t * blockDim.x, v[t], w[t]);
+                if (first + t * blockDim.x < n_quads) f(first + t * blockDim.x, numbers(v[t]), w[t]);
             }
         }
     }
@@ -128,11 +153,8 @@ struct Input {
     __device__ __forceinline__ void read() {
         __shared__ float all_squares[32];
         __shared__ u32 all_most[32];
-        float4 w[HELD];
 #pragma unroll
-        for (u32 h = 0; h < HELD; h++) w[h] = weights(threadIdx.x + h * blockDim.x);
-#pragma unroll
-        for (u32 h = 0; h < HELD; h++) held[h] = count(held[h], w[h]);
+        for (u32 h = 0; h < HELD; h++) held[h] = count(numbers(held[h]), held_weights[h]);
         if (kept) wait_copies<0>();
         for_further([&](u32, float4 v, float4 w) INLINE { count(v, w); });
         const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -148,13 +170,10 @@ struct Input {
     // Calls put as for_each does, in one pass, of what is not yet multiplied by the norm's factor; afterwards, with a norm, `squares` is the block's.
     template <class Put>
     __device__ __forceinline__ void read_once(Put put) {
-        float4 w[HELD];
-#pragma unroll
-        for (u32 h = 0; h < HELD; h++) w[h] = weights(threadIdx.x + h * blockDim.x);
 #pragma unroll
         for (u32 h = 0; h < HELD; h++) {
             const u32 i = threadIdx.x + h * blockDim.x;
-            if (i < n_quads) put(i, count(held[h], w[h]));
+            if (i < n_quads) put(i, count(numbers(held[h]), held_weights[h]));
         }
         for_further([&](u32 i, float4 v, float4 w) INLINE { put(i, count(v, w)); });
         if (norm) squares = block_sum(squares);

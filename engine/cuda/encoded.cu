@@ -103,39 +103,53 @@ __device__ __forceinline__ float add_up(const Launch& launch, const Task& task, 
     return task.bias && row < task.matrix.n_rows ? y + element(task.bias, row, launch.bf16) : y;
 }
 
-// The end of products: once all warps have left their sums in the slots, at `slots` (those of a second, gated product `slots_bytes` behind), the row blocks
-// and tokens are shared out anew. unit_of(token): what a token's sums are worth. All threads call it.
-template <int FORMAT, u32 ROWS, bool ONE, class Unit>
-__device__ __forceinline__ void put_out(const Launch& launch, const Task& task, const Cut (&cuts)[2], u32 slots, u32 slots_bytes, u32 paired, Unit unit_of) {
-    constexpr u32 SLOT = ONE ? ROWS : TOKEN_ROWS;
-    const u32 lane = threadIdx.x % ROWS;
-    const Task& task0 = launch.gated ? launch.tasks[0] : task;
-    const Task& task1 = launch.tasks[1];
-    const u32 n_tokens = ONE ? 1 : launch.n_tokens, n_items = cuts[0].n_rows * n_tokens, n_rows = task0.matrix.n_rows;
-    u32 item = threadIdx.x / ROWS;
-    auto row_of = [&]() INLINE { return (cuts[0].first_row + item / n_tokens) * ROWS + lane; };
-    auto scale = [&](const Task& of) INLINE { return item < n_items && row_of() < n_rows ? scale_of<FORMAT>(of.matrix, row_of()) : 0; };
-    auto place = [&]() INLINE { return (u64)(item % n_tokens) * n_rows + row_of(); };
-    auto added = [&]() INLINE { return task0.adds && item < n_items && row_of() < n_rows ? ((const float*)task0.out)[place()] : -0.0f; };
-    // What the sums are worth, and what they are added to, is asked for before they are there.
-    float scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0, sum = added();
-    double unit = ONE ? 0 : unit_of(item % n_tokens);
-    if (paired) arrive_cluster(), wait_cluster();
-    __syncthreads();
-    while (item < n_items) {
-        const u32 r = item / n_tokens, token = item % n_tokens, row = row_of();
-        if (ONE) unit = unit_of(token);
-        float y = add_up<FORMAT, ROWS, SLOT>(launch, task0, cuts[0], slots, r, token, n_tokens, row, scale0, unit);
-        if (launch.gated) y = add_up<FORMAT, ROWS, SLOT>(launch, task1, cuts[1], slots + slots_bytes, r, token, n_tokens, row, scale1, unit) * (y / (1 + expf(-y)));
-        if (row < n_rows) {
-            if (launch.bf16) ((__nv_bfloat16*)task0.out)[place()] = __float2bfloat16_rn(y);
-            else ((float*)task0.out)[place()] = sum + y;
-        }
-        item += blockDim.x / ROWS;
-        scale0 = scale(task0), scale1 = launch.gated ? scale(task1) : 0, sum = added();
-        if (!ONE) unit = unit_of(item % n_tokens);
+// The end of products: once all warps have left their sums in the slots, the row blocks and tokens are shared out anew. All threads have one. SCALED: whether
+// rows have scales, which plain ones do not.
+template <int FORMAT, u32 ROWS, bool ONE, bool SCALED = true>
+struct Ending {
+    static constexpr u32 SLOT = ONE ? ROWS : TOKEN_ROWS;
+    const Launch& launch;
+    const Task& task0;
+    const Task& task1;
+    const Cut (&cuts)[2];
+    const u32 lane, n_tokens, n_rows;
+    u32 item;
+    float scale0, scale1, sum;
+
+    __device__ __forceinline__ Ending(const Launch& launch, const Task& task, const Cut (&cuts)[2])
+        : launch(launch), task0(launch.gated ? launch.tasks[0] : task), task1(launch.tasks[1]), cuts(cuts), lane(threadIdx.x % ROWS),
+          n_tokens(ONE ? 1 : launch.n_tokens), n_rows(task0.matrix.n_rows), item(threadIdx.x / ROWS) {}
+    __device__ __forceinline__ u32 n_items() const { return cuts[0].n_rows * n_tokens; }
+    __device__ __forceinline__ u32 row() const { return (cuts[0].first_row + item / n_tokens) * ROWS + lane; }
+    __device__ __forceinline__ u64 place() const { return (u64)(item % n_tokens) * n_rows + row(); }
+    // Asks for what the item's sums are worth, and what they are added to: before they are there.
+    __device__ __forceinline__ void ask() {
+        const bool has_row = item < n_items() && row() < n_rows;
+        scale0 = !SCALED ? 1 : has_row ? scale_of<FORMAT>(task0.matrix, row()) : 0;
+        scale1 = !SCALED ? 1 : has_row && launch.gated ? scale_of<FORMAT>(task1.matrix, row()) : 0;
+        sum = has_row && task0.adds ? ((const float*)task0.out)[place()] : -0.0f;
     }
-}
+    // The slots are at `slots`, those of a second, gated product `slots_bytes` behind. unit_of(token): what a token's sums are worth.
+    template <class Unit>
+    __device__ __forceinline__ void put_out(u32 slots, u32 slots_bytes, u32 paired, Unit unit_of) {
+        double unit = ONE ? 0 : unit_of(item % n_tokens);
+        if (paired) arrive_cluster(), wait_cluster();
+        __syncthreads();
+        while (item < n_items()) {
+            const u32 r = item / n_tokens, token = item % n_tokens;
+            if (ONE) unit = unit_of(token);
+            float y = add_up<FORMAT, ROWS, SLOT>(launch, task0, cuts[0], slots, r, token, n_tokens, row(), scale0, unit);
+            if (launch.gated) y = add_up<FORMAT, ROWS, SLOT>(launch, task1, cuts[1], slots + slots_bytes, r, token, n_tokens, row(), scale1, unit) * (y / (1 + expf(-y)));
+            if (row() < n_rows) {
+                if (launch.bf16) ((__nv_bfloat16*)task0.out)[place()] = __float2bfloat16_rn(y);
+                else ((float*)task0.out)[place()] = sum + y;
+            }
+            item += blockDim.x / ROWS;
+            ask();
+            if (!ONE) unit = unit_of(item % n_tokens);
+        }
+    }
+};
 
 // Products with one token: a thread block (or two, if paired) has whole row blocks, of which the warps take shares that are as even as can be, and adds up what
 // they leave. `with` is with_codec or its like. Shared memory: the table (two with `gated`, where half of the warps are each product's), the warps' rings and
@@ -197,13 +211,16 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
         if (n_blocks) decode_parts(m, reader, table, lane, i, j, units_of(m, j, n_blocks), scratch);
         if (!launch.eager) start_next();
     }
+    Input<2, WAY == PLAIN ? 2 : 1> input(launch.x, launch.norm, launch.bf16, m.n_cols);
     wait_for_previous();
     if (WAY == ENCODED) start_next();
-    Input<WAY == PLAIN ? 2 : 1> input(launch.x, launch.norm, launch.bf16, m.n_cols);
+    input.ask_held();
     sink.prepare(launch, input, shared_memory + slots_at + n_teams * slots_bytes);
     if constexpr (WAY == ENCODED) wait_for_table(n_blocks);
     if (paired) wait_cluster();
     __syncthreads();
+    Ending<FORMAT, ROWS, true, WAY != PLAIN> ending(launch, task, cuts);
+    if (WAY == PLAIN) ending.ask();  // there are registers for it
     if constexpr (WAY == PLAIN) {
         if (n_blocks) reader.read(m, i, j, n_blocks, sink);
     } else if (n_blocks) {
@@ -218,7 +235,8 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
             }
         });
     }
-    put_out<FORMAT, ROWS, true>(launch, task, cuts, shared + slots_at, slots_bytes, paired, [&](u32) INLINE { return sink.unit(); });
+    if (WAY != PLAIN) ending.ask();
+    ending.put_out(shared + slots_at, slots_bytes, paired, [&](u32) INLINE { return sink.unit(); });
 }
 
 // Products with 2 to 16 tokens: the first `n_decoders` warps decode, their blocks shared out as for one token, and the others multiply. What is decoded depends
@@ -281,7 +299,9 @@ __device__ __forceinline__ void multiply_many(const Launch& launch, With with) {
         __syncthreads();
         multiplier.put(windows + team * slots_bytes + place * slot_bytes, launch.n_tokens);
     }
-    put_out<FORMAT, 32, false>(launch, task, cuts, windows, slots_bytes, 0, [&](u32 token) INLINE { return FORMAT == INT8 ? launch.units[token] : 1; });
+    Ending<FORMAT, 32, false> ending(launch, task, cuts);
+    ending.ask();
+    ending.put_out(windows, slots_bytes, 0, [&](u32 token) INLINE { return FORMAT == INT8 ? launch.units[token] : 1; });
 }
 
 // What the end of multiply_tiles needs, besides sums.
@@ -329,6 +349,7 @@ __device__ __forceinline__ void multiply_tiles(const Launch& launch, With with) 
     constexpr int TURNS = EIGHTS ? EIGHTS : 1;
     End& end = *(End*)(shared_memory + n_teams * launch.table_bytes + n_warps * launch.window);
     if (j == 0 && has_row) end.scales[team][lane] = scale_of<INT8>(m, row), end.biases[team][lane] = task.bias ? element(task.bias, row, launch.bf16) : -0.0f;
+    Input<2, 1> input(launch.x, EIGHTS ? nullptr : launch.norm, launch.bf16, EIGHTS ? 0 : m.n_cols);
     wait_for_previous();
     auto token_of = [&](int n) INLINE { return warp + n * n_warps; };
     auto place = [&](u32 token) INLINE { return (u64)token * task0.matrix.n_rows + row; };
@@ -344,7 +365,7 @@ __device__ __forceinline__ void multiply_tiles(const Launch& launch, With with) 
         const uint4* x = (const uint4*)launch.x + j * (m.block_cols / 32) * EIGHTS * 32 + lane;
         if (has_block) multiply_block<EIGHTS>(tiles, units, x, tiles, n_tokens);
     } else {
-        Input<1> input(launch.x, launch.norm, launch.bf16, m.n_cols);
+        input.ask_held();
         __syncthreads();  // the table has been read
         dot.prepare(launch, input, shared_memory);
         __syncthreads();
@@ -479,7 +500,7 @@ struct Prepare {
     double* units;
     u32 n_tokens, n_cols, bf16;
 
-    __device__ __forceinline__ Input<1> input() const {
+    __device__ __forceinline__ Input<2, 1> input() const {
         const u64 at = (u64)blockIdx.x * n_cols * (bf16 ? 2 : 4);
         return {blockIdx.x < n_tokens ? (const u8*)x + at : nullptr, nullptr, bf16 != 0, n_cols};
     }
@@ -491,6 +512,7 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_int8_mma(const __grid
     wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
     auto input = p.input();
+    input.ask_held();
     input.keep(shared_memory, dynamic_bytes());
     input.read();
     const float ratio = fixed_ratio(input.most, input.finite());
@@ -510,6 +532,7 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_float_mma(const __gri
     wait_for_previous();
     const u32 token = blockIdx.x, tiles = gridDim.x / 8;
     auto input = p.input();
+    input.ask_held();
     input.keep(shared_memory, dynamic_bytes());
     input.read();
     input.for_each([&](u32 i, float4 v) {

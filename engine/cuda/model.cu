@@ -118,24 +118,33 @@ struct Angles {
     }
 };
 
-// A warp's work on a head: RMS norm, if there is one, and rotation; calls put(i, value) for each element.
+// A warp's work on a head: RMS norm, if there is one, and rotation; calls put(i, value) for each element. All that it reads is asked for at once.
 template <uint32_t PAIRS, class Put>
 __device__ __forceinline__ void rotate(const Heads& p, const float* x, bool is_query, const Angles<PAIRS>& by, Put put) {
     const uint32_t lane = threadIdx.x % 32, half = p.head_dim / 2;
     const float* norm = is_query ? p.query_norm : p.key_norm;
+    float a[PAIRS] = {}, b[PAIRS] = {}, weights_a[PAIRS], weights_b[PAIRS];
+#pragma unroll
+    for (uint32_t n = 0; n < PAIRS; n++) {
+        const uint32_t i = lane + 32 * n;
+        weights_a[n] = weights_b[n] = 1;
+        if (i < half) a[n] = x[i], b[n] = x[half + i];
+        if (norm && i < half) weights_a[n] = norm[i], weights_b[n] = norm[half + i];
+    }
     float scale = 1;
     if (norm) {
         float sum = 0;
-        for (uint32_t i = lane; i < p.head_dim; i += 32) sum += x[i] * x[i];
+#pragma unroll
+        for (uint32_t n = 0; n < PAIRS; n++) sum += a[n] * a[n] + b[n] * b[n];
         scale = 1 / sqrtf(warp_sum(sum) / p.head_dim + (is_query ? p.query_eps : p.key_eps));
     }
 #pragma unroll
     for (uint32_t n = 0; n < PAIRS; n++) {
         const uint32_t i = lane + 32 * n;
         if (i >= half) break;
-        const float a = x[i] * (norm ? scale * norm[i] : 1), b = x[half + i] * (norm ? scale * norm[half + i] : 1);
-        put(i, a * by.cosine[n] - b * by.sine[n]);
-        put(half + i, b * by.cosine[n] + a * by.sine[n]);
+        const float u = a[n] * (scale * weights_a[n]), v = b[n] * (scale * weights_b[n]);
+        put(i, u * by.cosine[n] - v * by.sine[n]);
+        put(half + i, v * by.cosine[n] + u * by.sine[n]);
     }
 }
 
@@ -355,14 +364,17 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
     load(heads.keys, blockIdx.y, k);
     load(heads.values, blockIdx.y, v);
     const Angles<(DIM + 63) / 64> angles(heads, position);
-    wait_for_previous();
-
-    const bool has_own = (n_tiles - 1) % n_shares == blockIdx.y;
-    const float root = rsqrtf(head_dim);
     for (uint32_t i = threadIdx.x; i < ONE_HEADS * DIM; i += ONE_THREADS)
         if (i / DIM >= n || i % DIM >= head_dim) room[i] = 0;
-    if (threadIdx.x < 2 * DIM && threadIdx.x % DIM >= head_dim) own[threadIdx.x / DIM][threadIdx.x % DIM] = 0;
+    for (uint32_t i = threadIdx.x; i < 2 * DIM; i += ONE_THREADS)
+        if (i % DIM >= head_dim) own[i / DIM][i % DIM] = 0;
     if (threadIdx.x < ONE_HEADS) largest[threadIdx.x] = -INFINITY, total[threadIdx.x] = 0;
+    uint32_t share_of_own = (n_tiles - 1) % n_shares;
+    asm volatile("" : "+r"(share_of_own));  // or it would be worked out behind the wait
+    const bool has_own = share_of_own == blockIdx.y;
+    const float root = rsqrtf(head_dim);
+    wait_for_previous();
+
     for (uint32_t job = warp; job < n + (has_own ? 2 : 0); job += ONE_WARPS) {
         if (job < n) {
             rotate(heads, heads.q + size_t(head + job) * head_dim, true, angles,
@@ -377,7 +389,13 @@ __device__ __forceinline__ void attend_one(const AttendOne& p) {
         if (job == n) {
             rotate(heads, heads.k + size_t(kv_head) * head_dim, false, angles, [&](uint32_t i, float value) { keep(0, i, value); });
         } else {
-            for (uint32_t i = lane; i < head_dim; i += 32) keep(1, i, heads.v[size_t(kv_head) * head_dim + i]);
+            // Asked for at once: what is kept might be what is read next, for all the compiler knows.
+            float value[DIM / 32];
+#pragma unroll
+            for (uint32_t n = 0; n < DIM / 32; n++) value[n] = lane + 32 * n < head_dim ? heads.v[size_t(kv_head) * head_dim + lane + 32 * n] : 0;
+#pragma unroll
+            for (uint32_t n = 0; n < DIM / 32; n++)
+                if (lane + 32 * n < head_dim) keep(1, lane + 32 * n, value[n]);
         }
     }
     __syncthreads();

@@ -43,8 +43,8 @@ struct DotSink {
         }
     }
     // `shared` has room for the activations. All threads call it.
-    template <u32 TOGETHER>
-    __device__ __forceinline__ void prepare(const Launch& launch, Input<TOGETHER>& input, u8* shared) {
+    template <class Input>
+    __device__ __forceinline__ void prepare(const Launch& launch, Input& input, u8* shared) {
         x = shared;
         double unit = 1;
         if constexpr (FORMAT == INT8) {

@@ -345,6 +345,35 @@ fn products_agree_with_the_decoded_weights() {
 }
 
 #[test]
+fn a_token_with_an_element_that_is_no_number_has_no_products() {
+    let Some((device, kernels, mut upload)) = gpu() else { return };
+    let mut operand = kernels.operand(&device, 20_004).unwrap();
+    let stream = device.stream();
+    let integers = tensors().into_iter().chain(many_columns()).filter(|(_, t)| t.format().is_integer());
+    for (what, t) in integers {
+        let matrix = DeviceMatrix::upload(&device, &kernels, &mut upload, &t).unwrap();
+        let (n_rows, n_cols) = (t.n_rows(), t.n_cols());
+        let elements = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY].into_iter().zip([0, 1, 2, 3]);
+        for ((element, quarter), n_tokens) in elements.flat_map(|e| [1, 5, 16].map(|n| (e, n))) {
+            let mut x = random(n_tokens * n_cols, 6);
+            x[(n_tokens - 1) * n_cols + (n_cols - 1) * quarter / 3] = element;
+            let x_dev = stream.clone_htod(&x).unwrap();
+            let mut out = stream.clone_htod(&vec![0f32; n_tokens * n_rows]).unwrap();
+            let products = &mut [Product { matrix: &matrix, bias: None, out: &mut out, adds: false, first: 0 }];
+            kernels.product(&device, &mut operand, plain_input(&x_dev, n_tokens), products).unwrap();
+            let mut y = vec![0f32; n_rows * n_tokens];
+            t.product(Cpu::Scalar, &Operand::new(&x, n_cols), 0..n_rows, &mut y).unwrap();
+            let numbers = |y: &f32| (!y.is_nan()).then_some(*y);
+            let expected: Vec<_> =
+                (0..n_tokens * n_rows).map(|i| numbers(&y[i % n_rows * n_tokens + i / n_rows])).collect();
+            assert!(expected[(n_tokens - 1) * n_rows..].iter().all(Option::is_none));
+            let found: Vec<_> = stream.clone_dtoh(&out).unwrap().iter().map(numbers).collect();
+            assert_same(&format!("{what}, {n_tokens} tokens, {element}"), n_rows, &found, &expected);
+        }
+    }
+}
+
+#[test]
 fn plain_and_encoded_bf16_make_the_same_products() {
     let Some((device, kernels, mut upload)) = gpu() else { return };
     let mut operand = kernels.operand(&device, 4096).unwrap();
