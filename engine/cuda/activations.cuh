@@ -27,10 +27,6 @@ __device__ __forceinline__ double fixed_unit(float ratio, bool finite) {
 
 // Of their lowest bytes.
 __device__ __forceinline__ u32 pack(u32 a, u32 b, u32 c, u32 d) { return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410); }
-__device__ __forceinline__ u32 pack(float a, float b) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-    return *(const u32*)&pair;
-}
 // What bf16 numbers leave of them.
 __device__ __forceinline__ float4 rest(float4 v) {
     auto of = [](float v) { return v - __bfloat162float(__float2bfloat16_rn(v)); };

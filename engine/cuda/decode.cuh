@@ -7,8 +7,7 @@
 //
 // In bounds on any payload: table look-ups by T bits, words from a ring in shared memory whose pointer wraps.
 #pragma once
-#include <cuda_bf16.h>
-#include <cstdint>
+#include "tensor_cores.cuh"
 #include <type_traits>
 
 using u8 = uint8_t;
@@ -71,18 +70,6 @@ __device__ __forceinline__ uint2 shared_uint2(u32 at) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
     return v;
 }
-// Asks for 16 bytes, or for 8 or 4, to be copied to an address of shared memory.
-template <int BYTES = 16>
-__device__ __forceinline__ void copy_async(u32 to, const void* from) {
-    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES) : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
 // For lambdas whose captures have to stay in registers.
 #define INLINE __attribute__((always_inline))
 

@@ -1,6 +1,6 @@
 // The operations of a forward pass other than products of encoded matrices. Each kernel takes one structure, which
 // engine/src/cuda/ops.rs declares alike. Activations are f32 `[n_tokens, width]`, weights BF16, sums f32.
-#include "common.cuh"
+#include "tensor_cores.cuh"
 
 // ---- A step's tokens -------------------------------------------------------------------------------------------------
 
@@ -179,136 +179,155 @@ struct Attend {
     const __nv_bfloat16* keys;    // [n_kv_heads, capacity, cached_dim], zeros past head_dim
     const __nv_bfloat16* values;
     float* out;                   // [n_tokens, n_heads, head_dim]
-    uint32_t n_heads, n_kv_heads, head_dim, cached_dim, capacity, window;  // cached_dim: a power of two; window 0: none
+    uint32_t n_tokens, n_heads, n_kv_heads, head_dim, capacity, window;  // window 0: none
 };
 
-constexpr uint32_t ATTEND_THREADS = 128;
-// Query heads of one key head that a block takes, and the positions that it takes at a time, a thread each.
-constexpr uint32_t TILE_HEADS = 8, TILE = ATTEND_THREADS;
+// Tokens of a block, 16 a warp.
+constexpr uint32_t ATTEND_TOKENS = 64, ATTEND_THREADS = ATTEND_TOKENS * 2;
 
-// Attention of some query heads that share a key head, with the running softmax of Milakov and Gimelshein (arXiv
-// 1805.02867), where place_heads has been. blockIdx: heads, 0, token.
-template <uint32_t HEAD_DIM>
+// Two numbers, each the sum of two bf16 numbers.
+__device__ __forceinline__ void split(float a, float b, uint32_t& high, uint32_t& low) {
+    high = pack(a, b);
+    const float2 rounded = widen(high);
+    low = pack(a - rounded.x, b - rounded.y);
+}
+
+// Rows of DIM bf16 in shared memory, 16 bytes swizzled so that eight rows' do not conflict.
+template <uint32_t DIM>
+__device__ __forceinline__ uint32_t at_octet(uint32_t row, uint32_t octet) {
+    return row * (DIM * 2) + ((octet ^ (DIM < 64 ? row / 2 % 4 : row % 8)) * 16);
+}
+
+// Attention of several tokens, where place_heads has been: a block takes a head and 64 tokens, from the last ones on, for these have most positions. On the
+// tensor cores, with the running softmax of Milakov and Gimelshein (arXiv 1805.02867) in tiles, as FlashAttention-2 has it (Dao, arXiv 2307.08691): a warp's rows of
+// scores become the operand of its values without leaving their registers. Queries and weights are the sums of two bf16 numbers each, so that products have
+// 2^-17 of error, not 2^-9; keys and values are what the cache has. Shared memory: the queries' two parts, and two tiles each of keys and of values.
+template <uint32_t DIM>
 __device__ __forceinline__ void attend(const Attend& p) {
-    const uint32_t head_dim = HEAD_DIM ? HEAD_DIM : p.head_dim, dim = HEAD_DIM ? HEAD_DIM : p.cached_dim, octets = dim / 8;
-    __shared__ float weights[TILE][TILE_HEADS];
-    __shared__ float largest[TILE_HEADS], rescale[TILE_HEADS], total[TILE_HEADS];
-    extern __shared__ float room[];  // [TILE_HEADS][dim]: queries, and at the end sums
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    constexpr uint32_t TILE = DIM > 128 ? 16 : 64 /* positions */, OCTETS = DIM / 8, STEPS = DIM / 16, QUERY_BYTES = ATTEND_TOKENS * DIM * 2, TILE_BYTES = TILE * DIM * 2;
+    extern __shared__ __align__(128) uint8_t tiles[];
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, head_dim = p.head_dim;
+    const uint32_t head = blockIdx.x, kv_head = head / (p.n_heads / p.n_kv_heads);
+    const uint32_t first_token = (gridDim.y - 1 - blockIdx.y) * ATTEND_TOKENS, n_tokens = min(ATTEND_TOKENS, p.n_tokens - first_token);
+    const uint32_t queries = uint32_t(__cvta_generic_to_shared(tiles)), ring = queries + 2 * QUERY_BYTES;
     wait_for_previous();
     start_next();
 
-    const uint32_t group = p.n_heads / p.n_kv_heads, tiles_of_group = (group + TILE_HEADS - 1) / TILE_HEADS;
-    const uint32_t kv_head = blockIdx.x / tiles_of_group, first_of_tile = blockIdx.x % tiles_of_group * TILE_HEADS;
-    const uint32_t head = kv_head * group + first_of_tile, n = min(TILE_HEADS, group - first_of_tile);
-    const uint32_t position = *p.first_position + blockIdx.z;
-    const uint32_t first = p.window && position + 1 > p.window ? position + 1 - p.window : 0;
-    const uint32_t n_tiles = (position + 1 - first + TILE - 1) / TILE;
+    const uint32_t first_position = *p.first_position + first_token, end = first_position + n_tokens;
+    const uint32_t begin = p.window && first_position + 1 > p.window ? first_position + 1 - p.window : 0;
+    const uint32_t n_tiles = (end - begin + TILE - 1) / TILE;
+    const size_t cached = size_t(kv_head) * p.capacity * DIM;
+    auto load = [&](uint32_t tile) {
+        for (uint32_t i = threadIdx.x; i < 2 * TILE * OCTETS && tile < n_tiles; i += ATTEND_THREADS) {
+            const uint32_t which = i / (TILE * OCTETS), row = i / OCTETS % TILE, octet = i % OCTETS, position = begin + tile * TILE + row;
+            const __nv_bfloat16* from = (which ? p.values : p.keys) + cached + size_t(min(position, end - 1)) * DIM + octet * 8;
+            copy_async_if(position < end, ring + (tile % 2 * 2 + which) * TILE_BYTES + at_octet<DIM>(row, octet), from);
+        }
+        commit_copies();
+    };
+    load(0);
+    // Scores come out as powers of two.
+    const float scale = rsqrtf(head_dim) * 1.44269504f;
+    for (uint32_t i = threadIdx.x; i < ATTEND_TOKENS * OCTETS; i += ATTEND_THREADS) {
+        const uint32_t row = i / OCTETS, octet = i % OCTETS;
+        const float* q = p.q + (size_t(first_token + row) * p.n_heads + head) * head_dim;
+        uint32_t high[4], low[4];
+#pragma unroll
+        for (uint32_t pair = 0; pair < 4; pair++) {
+            const uint32_t c = octet * 8 + pair * 2;  // head_dim is even
+            const bool there = row < n_tokens && c < head_dim;
+            const float a = there ? q[c] * scale : 0, b = there ? q[c + 1] * scale : 0;
+            split(a, b, high[pair], low[pair]);
+        }
+        const uint32_t at = at_octet<DIM>(row, octet);
+        *reinterpret_cast<uint4*>(tiles + at) = {high[0], high[1], high[2], high[3]};
+        *reinterpret_cast<uint4*>(tiles + QUERY_BYTES + at) = {low[0], low[1], low[2], low[3]};
+    }
 
-    const __nv_bfloat16* keys = p.keys + size_t(kv_head) * p.capacity * dim;
-    const __nv_bfloat16* values = p.values + size_t(kv_head) * p.capacity * dim;
-    const float* q = p.q + (size_t(blockIdx.z) * p.n_heads + head) * head_dim;
-    const float root = rsqrtf(head_dim);
-    for (uint32_t i = threadIdx.x; i < TILE_HEADS * dim; i += ATTEND_THREADS)
-        room[i] = i < n * dim && i % dim < head_dim ? q[i / dim * head_dim + i % dim] * root : 0;
-    if (threadIdx.x < TILE_HEADS) largest[threadIdx.x] = -INFINITY, total[threadIdx.x] = 0;
-
-    // In the second half of a tile's work, a thread has eight columns of every `rows`-th value.
-    const uint32_t rows = ATTEND_THREADS / octets, my_row = threadIdx.x / octets, my_octet = threadIdx.x % octets;
-    float sums[TILE_HEADS][8] = {};
+    // A lane has of two rows, of tokens `row` and `row` + 8, columns lane % 4 · 2 and the next of every eight.
+    const uint32_t row = warp * 16 + lane / 4, column = lane % 4 * 2;
+    float largest[2] = {-INFINITY, -INFINITY}, total[2] = {}, sums[2 * STEPS][4] = {};
     for (uint32_t tile = 0; tile < n_tiles; tile++) {
-        const uint32_t start = first + tile * TILE, n_positions = min(TILE, position + 1 - start);
+        load(tile + 1);
+        wait_copies<1>();
         __syncthreads();
-        float score[TILE_HEADS] = {};
-        if (threadIdx.x < n_positions) {
-            const uint4* key = reinterpret_cast<const uint4*>(keys + size_t(start + threadIdx.x) * dim);
+        const uint32_t keys = ring + tile % 2 * 2 * TILE_BYTES, values = keys + TILE_BYTES, start = begin + tile * TILE;
+        float scores[TILE / 8][4] = {};
 #pragma unroll
-            for (uint32_t i = 0; i < octets; i++) {
-                const uint4 k = key[i];
-                const float2 k0 = widen(k.x), k1 = widen(k.y), k2 = widen(k.z), k3 = widen(k.w);
+        for (uint32_t step = 0; step < STEPS; step++) {
+            uint32_t high[4], low[4];
+            const uint32_t at = queries + at_octet<DIM>(warp * 16 + lane % 16, step * 2 + lane / 16);
+            load_matrix(high, at);
+            load_matrix(low, at + QUERY_BYTES);
 #pragma unroll
-                for (uint32_t h = 0; h < TILE_HEADS; h++) {
-                    if (h < n) {
-                        const float4 a = reinterpret_cast<const float4*>(room + h * dim)[2 * i];
-                        const float4 b = reinterpret_cast<const float4*>(room + h * dim)[2 * i + 1];
-                        score[h] += k0.x * a.x + k0.y * a.y + k1.x * a.z + k1.y * a.w;
-                        score[h] += k2.x * b.x + k2.y * b.y + k3.x * b.z + k3.y * b.w;
-                    }
+            for (uint32_t n = 0; n < TILE / 16; n++) {
+                uint32_t k[4];  // of 16 positions, the first eight's two halves, then the others'
+                load_matrix(k, keys + at_octet<DIM>(n * 16 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+                mma(scores[2 * n], high, k[0], k[1]), mma(scores[2 * n + 1], high, k[2], k[3]);
+                mma(scores[2 * n], low, k[0], k[1]), mma(scores[2 * n + 1], low, k[2], k[3]);
+            }
+        }
+        if (p.window || start + TILE > first_position + warp * 16 + 1) {
+#pragma unroll
+            for (uint32_t n = 0; n < TILE / 8; n++)
+#pragma unroll
+                for (uint32_t c = 0; c < 4; c++) {
+                    const uint32_t at = start + n * 8 + column + c % 2, position = first_position + row + c / 2 * 8;
+                    if (at > position || (p.window && at + p.window <= position)) scores[n][c] = -INFINITY;
                 }
-            }
         }
 #pragma unroll
-        for (uint32_t h = 0; h < TILE_HEADS; h++)
-            weights[threadIdx.x][h] = threadIdx.x < n_positions && h < n ? score[h] : -INFINITY;
-        __syncthreads();
-        for (uint32_t h = warp; h < n; h += ATTEND_THREADS / 32) {
-            float best = -INFINITY;
-            for (uint32_t i = lane; i < TILE; i += 32) best = fmaxf(best, weights[i][h]);
-            const float before = largest[h];
-            best = fmaxf(warp_max(best), before);
-            float sum = 0;
-            for (uint32_t i = lane; i < TILE; i += 32) sum += weights[i][h] = expf(weights[i][h] - best);
-            sum = warp_sum(sum);
-            __syncwarp();
-            if (lane == 0) {
-                rescale[h] = expf(before - best);
-                total[h] = total[h] * rescale[h] + sum;
-                largest[h] = best;
+        for (uint32_t i = 0; i < 2; i++) {
+            float best = largest[i];
+#pragma unroll
+            for (uint32_t n = 0; n < TILE / 8; n++) best = fmaxf(best, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
+            best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+            best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+            // A token that has seen no position so far has no weights but zeros.
+            const float base = best == -INFINITY ? 0 : best, rescale = power_of_two(largest[i] - base);
+            largest[i] = best, total[i] *= rescale;
+#pragma unroll
+            for (uint32_t n = 0; n < TILE / 8; n++)
+#pragma unroll
+                for (uint32_t c = 2 * i; c < 2 * i + 2; c++) total[i] += scores[n][c] = power_of_two(scores[n][c] - base);
+#pragma unroll
+            for (uint32_t n = 0; n < 2 * STEPS; n++) sums[n][2 * i] *= rescale, sums[n][2 * i + 1] *= rescale;
+        }
+#pragma unroll
+        for (uint32_t n = 0; n < TILE / 16; n++) {
+            uint32_t high[4], low[4];
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++) split(scores[2 * n + i / 2][i % 2 * 2], scores[2 * n + i / 2][i % 2 * 2 + 1], high[i], low[i]);
+#pragma unroll
+            for (uint32_t step = 0; step < STEPS; step++) {
+                uint32_t v[4];  // of 16 columns, the first eight's two halves of positions, then the others'
+                load_transposed(v, values + at_octet<DIM>(n * 16 + lane % 16, step * 2 + lane / 16));
+                mma(sums[2 * step], high, v[0], v[1]), mma(sums[2 * step + 1], high, v[2], v[3]);
+                mma(sums[2 * step], low, v[0], v[1]), mma(sums[2 * step + 1], low, v[2], v[3]);
             }
         }
-        __syncthreads();
-#pragma unroll
-        for (uint32_t h = 0; h < TILE_HEADS; h++)
-#pragma unroll
-            for (uint32_t j = 0; j < 8; j++) sums[h][j] *= h < n ? rescale[h] : 0;
-        for (uint32_t i = my_row; i < n_positions && my_row < rows; i += rows) {
-            const uint4 v = reinterpret_cast<const uint4*>(values + size_t(start + i) * dim)[my_octet];
-            const float2 v0 = widen(v.x), v1 = widen(v.y), v2 = widen(v.z), v3 = widen(v.w);
-            const float value[8] = {v0.x, v0.y, v1.x, v1.y, v2.x, v2.y, v3.x, v3.y};
-#pragma unroll
-            for (uint32_t h = 0; h < TILE_HEADS; h++) {
-                if (h < n) {
-                    const float weight = weights[i][h];
-#pragma unroll
-                    for (uint32_t j = 0; j < 8; j++) sums[h][j] += weight * value[j];
-                }
-            }
-        }
+        __syncthreads();  // before the tile's place is filled again
     }
 
-    // The threads' sums of one column: within the warp where its lanes have whole rows, then row after row.
-    uint32_t step = 1;
-    if (HEAD_DIM) {
-        step = 32 / octets;
 #pragma unroll
-        for (uint32_t h = 0; h < TILE_HEADS; h++)
+    for (uint32_t i = 0; i < 2; i++) {
+        total[i] += __shfl_xor_sync(~0u, total[i], 1);
+        total[i] += __shfl_xor_sync(~0u, total[i], 2);
+        if (row + 8 * i >= n_tokens) continue;
+        const float factor = 1 / total[i];
+        float* out = p.out + (size_t(first_token + row + 8 * i) * p.n_heads + head) * head_dim;
 #pragma unroll
-            for (uint32_t j = 0; j < 8; j++)
-#pragma unroll
-                for (uint32_t lanes = octets; lanes < 32; lanes *= 2)
-                    sums[h][j] += __shfl_xor_sync(~0u, sums[h][j], lanes);
-    }
-    for (uint32_t row = 0; row < rows; row += step) {
-        __syncthreads();
-        if (my_row == row) {
-#pragma unroll
-            for (uint32_t h = 0; h < TILE_HEADS; h++)
-#pragma unroll
-                for (uint32_t j = 0; j < 8; j++) {
-                    float& sum = room[h * dim + my_octet * 8 + j];
-                    sum = row == 0 ? sums[h][j] : sum + sums[h][j];
-                }
+        for (uint32_t n = 0; n < 2 * STEPS; n++) {
+            const uint32_t c = n * 8 + column;
+            if (c < head_dim) *reinterpret_cast<float2*>(out + c) = {sums[n][2 * i] * factor, sums[n][2 * i + 1] * factor};
         }
     }
-    __syncthreads();
-    float* out = p.out + (size_t(blockIdx.z) * p.n_heads + head) * head_dim;
-    for (uint32_t i = threadIdx.x; i < n * dim; i += ATTEND_THREADS)
-        if (i % dim < head_dim) out[i / dim * head_dim + i % dim] = room[i] / total[i / dim];
 }
 
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_32(const __grid_constant__ Attend p) { attend<32>(p); }
 extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_64(const __grid_constant__ Attend p) { attend<64>(p); }
 extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_128(const __grid_constant__ Attend p) { attend<128>(p); }
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_any(const __grid_constant__ Attend p) { attend<0>(p); }
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_256(const __grid_constant__ Attend p) { attend<256>(p); }
 
 struct AttendOne {
     Heads heads;

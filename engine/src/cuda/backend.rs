@@ -8,7 +8,9 @@
 
 use super::blas::{Blas, Gemm};
 use super::device::{Device, Grid, failed};
-use super::encoded::{self, DeviceMatrix, EncodedKernels, OperandBuffer, PLAIN_ALIGN, PRODUCT_TOKENS, plain_len};
+use super::encoded::{
+    self, DeviceMatrix, EncodedKernels, OperandBuffer, PLAIN_ALIGN, PRODUCT_TOKENS, decoded_len, plain_len,
+};
 use super::host::{Pinned, Upload};
 use super::ops::{self, Kernels, NONE};
 use super::sample::{DrawState, SampleKernels};
@@ -22,6 +24,9 @@ use cudarc::driver::sys::{CUdeviceptr, CUgraphInstantiate_flags, CUresult, CUstr
 use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr, DevicePtrMut, DriverError};
 use half::bf16;
 use std::sync::{Mutex, MutexGuard};
+
+#[cfg(test)]
+mod tests;
 
 /// Threads of kernels that go over a token's activations.
 const ROW_THREADS: u32 = 256;
@@ -269,8 +274,7 @@ impl CudaBackend {
     fn products(&self, x: Activations<'_>, products: &mut [Projection<'_, Self>]) -> Result<()> {
         assert!(products.iter().all(|p| p.matrix.n_cols() == x.n_cols()), "a product's input has the matrix's width");
         let blas = self.blas.as_ref().filter(|_| x.n_tokens > 1);
-        let mut is_narrow = false;
-        let (mut plain, mut encoded) = (Vec::new(), Vec::new());
+        let (mut plain, mut encoded, mut by_blas) = (Vec::new(), Vec::new(), Vec::new());
         for product in products {
             match (blas, &product.matrix.0) {
                 (_, Storage::Encoded(matrix)) if blas.is_none() || x.n_tokens <= fused_tokens(matrix) => {
@@ -284,22 +288,47 @@ impl CudaBackend {
                     let decoded = DeviceMatrix::plain(&self.encoded, data, n_rows, x.n_cols())?;
                     self.fused(&x, &mut scratch, &mut [(&decoded, product)], 1)?;
                 }
-                (Some(blas), storage) => {
-                    if !is_narrow {
-                        self.normalize(&x, None)?;
-                        is_narrow = true;
-                    }
-                    // Held until the product is issued: it reads what is decoded here.
-                    let mut scratch = self.scratch();
-                    let (weights, stride) = self.dense(storage, &mut scratch.decoded)?;
-                    self.many(blas, &x, weights, stride, product)?;
-                }
+                (Some(_), _) => by_blas.push(product),
             }
+        }
+        if let Some(blas) = blas.filter(|_| !by_blas.is_empty()) {
+            self.by_blas(blas, &x, &mut by_blas)?;
         }
         for (mut fused, most) in [(plain, 1), (encoded, PRODUCT_TOKENS)] {
             if !fused.is_empty() {
                 self.fused(&x, &mut self.scratch(), &mut fused, most)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Products of many tokens. Encoded matrices are decoded by one launch, as many of them as have room where the largest one of the model has.
+    fn by_blas(&self, blas: &Blas, x: &Activations<'_>, mut products: &mut [&mut Projection<'_, Self>]) -> Result<()> {
+        self.normalize(x, None)?;
+        // Held until the products are issued: they read what is decoded here.
+        let mut scratch = self.scratch();
+        while !products.is_empty() {
+            let (room, mut len) = (scratch.decoded.len(), 0);
+            let encoded = products.iter().map_while(|product| match &product.matrix.0 {
+                Storage::Encoded(matrix) if len == 0 || len + decoded_len(matrix) <= room => {
+                    len += decoded_len(matrix);
+                    Some(&**matrix)
+                }
+                _ => None,
+            });
+            let encoded: Vec<&DeviceMatrix> = encoded.collect();
+            let (now, later) = std::mem::take(&mut products).split_at_mut(encoded.len().max(1));
+            if encoded.is_empty() {
+                let (weights, stride) = self.dense(&now[0].matrix.0, &mut scratch.decoded)?;
+                self.many(blas, x, weights, stride, now[0])?;
+            } else {
+                self.grow_decoded(len, &mut scratch.decoded)?;
+                let places = self.encoded.decode_together(&self.device, &encoded, &mut scratch.decoded)?;
+                for ((weights, matrix), product) in places.into_iter().zip(encoded).zip(now) {
+                    self.many(blas, x, weights, matrix.n_cols(), product)?;
+                }
+            }
+            products = later;
         }
         Ok(())
     }
@@ -662,13 +691,13 @@ impl Backend for CudaBackend {
         };
         let window = heads.window.map_or(0, |window| window.min(capacity) as u32);
         let out = address_mut(&mut out.data);
+        let which = ops::CACHED_DIMS.iter().position(|&dim| dim == cached_dim).unwrap_or(0);
         if n_tokens == 1 {
             let (partial, done) = (address_mut(&mut cache.partial), address_mut(&mut cache.done));
             let params = ops::AttendOne { heads: params, out, partial, done, window };
             let shared_bytes = ops::one_bytes(cached_dim);
-            let n_blocks = head_blocks(&cache.shape, ops::ONE_HEADS) as u32;
+            let n_blocks = head_blocks(&cache.shape) as u32;
             let grid = Grid { blocks: (n_blocks, cache.n_shares, 1), threads: ops::ONE_THREADS, shared_bytes };
-            let which = ops::CACHED_DIMS.iter().position(|&dim| dim == cached_dim).unwrap_or(0);
             let (kernel, cluster) = (&self.kernels.attend_one[which], (1, cache.cluster));
             // SAFETY: the buffers have a row of heads; the model checked that the cache has its position; what the
             // blocks share was made for so many of them.
@@ -686,25 +715,20 @@ impl Backend for CudaBackend {
             keys,
             values,
             out,
+            n_tokens,
             n_heads: n_heads as u32,
             n_kv_heads: n_kv_heads as u32,
             head_dim: head_dim as u32,
-            cached_dim: cached_dim as u32,
             capacity: capacity as u32,
             window,
         };
-        let kernel = match head_dim {
-            64 => &self.kernels.attend_64,
-            128 => &self.kernels.attend_128,
-            _ => &self.kernels.attend_any,
-        };
         let grid = Grid {
-            blocks: (head_blocks(&cache.shape, ops::TILE_HEADS) as u32, 1, n_tokens),
+            blocks: (n_heads as u32, n_tokens.div_ceil(ops::ATTEND_TOKENS), 1),
             threads: ops::ATTEND_THREADS,
-            shared_bytes: (4 * ops::TILE_HEADS * cached_dim) as u32,
+            shared_bytes: ops::attend_bytes(cached_dim),
         };
         // SAFETY: as above.
-        unsafe { self.device.launch(kernel, grid, &params) }
+        unsafe { self.device.launch(&self.kernels.attend[which], grid, &params) }
     }
 
     fn logits(&self, batch: &Batch, x: Input<'_, Self>, head: &Matrix, want: Logits, out: &mut Buffer) -> Result<()> {
@@ -830,7 +854,7 @@ struct CacheSizes {
 impl CacheSizes {
     fn new(device: &Device, shape: &CacheShape) -> Self {
         let &CacheShape { capacity, n_heads, n_kv_heads, .. } = shape;
-        let (cached_dim, n_blocks) = (cached_dim(shape), head_blocks(shape, ops::ONE_HEADS));
+        let (cached_dim, n_blocks) = (cached_dim(shape), head_blocks(shape));
         let n_shares = capacity.div_ceil(ops::ONE_TILE);
         let n_shares = n_shares.min(2 * device.n_multiprocessors() as usize / n_blocks).max(1);
         let cluster = if device.has_clusters() { n_shares.min(ops::ONE_CLUSTER) } else { 1 };
@@ -845,7 +869,7 @@ fn cached_dim(shape: &CacheShape) -> usize {
     shape.head_dim.next_power_of_two().max(ops::CACHED_DIMS[0])
 }
 
-/// Blocks of attention for each token: each takes up to `heads` query heads of one key head.
-fn head_blocks(shape: &CacheShape, heads: usize) -> usize {
-    shape.n_kv_heads * (shape.n_heads / shape.n_kv_heads).div_ceil(heads)
+/// Blocks of one token's attention for each share of the positions: each takes some query heads of one key head.
+fn head_blocks(shape: &CacheShape) -> usize {
+    shape.n_kv_heads * (shape.n_heads / shape.n_kv_heads).div_ceil(ops::ONE_HEADS)
 }

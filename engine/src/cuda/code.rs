@@ -46,13 +46,14 @@ pub(super) const CODES: KernelFile = kernel_file!("codes");
 pub(super) const BENCH: KernelFile = kernel_file!("bench");
 
 /// What sources include, and what stands for NVIDIA's and the standard library's headers.
-const HEADERS: [(&CStr, &str); 11] = [
+const HEADERS: [(&CStr, &str); 12] = [
     (c"activations.cuh", include_str!("../../cuda/activations.cuh")),
     (c"common.cuh", include_str!("../../cuda/common.cuh")),
     (c"decode.cuh", include_str!("../../cuda/decode.cuh")),
     (c"launch.cuh", include_str!("../../cuda/launch.cuh")),
     (c"one_token.cuh", include_str!("../../cuda/one_token.cuh")),
     (c"rows.cuh", include_str!("../../cuda/rows.cuh")),
+    (c"tensor_cores.cuh", include_str!("../../cuda/tensor_cores.cuh")),
     (c"tiles.cuh", include_str!("../../cuda/tiles.cuh")),
     (c"values.cuh", include_str!("../../cuda/values.cuh")),
     (c"cuda_bf16.h", STAND_IN),

@@ -272,6 +272,24 @@ impl EncodedKernels {
         self.decode_to(device, &jobs, |kernels| &kernels.decode_values)
     }
 
+    /// The same into one buffer of at least [`decoded_len`] values for each. Returns where each begins.
+    pub fn decode_together(
+        &self,
+        device: &Device,
+        matrices: &[&DeviceMatrix],
+        out: &mut CudaSlice<half::bf16>,
+    ) -> Result<Vec<u64>> {
+        check_len("decoded values", out.len(), matrices.iter().map(|m| decoded_len(m)).sum())?;
+        let mut at = out.device_ptr_mut(device.stream()).0;
+        let mut jobs = Vec::new();
+        for m in matrices {
+            jobs.push((*m, decoded_len(m), at));
+            at += 2 * decoded_len(m) as u64;
+        }
+        self.decode_to(device, &jobs, |kernels| &kernels.decode_values)?;
+        Ok(jobs.iter().map(|job| job.2).collect())
+    }
+
     /// Decodes matrices to their codes, row-major, into buffers of at least as many bytes as those have.
     pub fn decode_codes(&self, device: &Device, jobs: &mut [(&DeviceMatrix, &mut CudaSlice<u8>)]) -> Result<()> {
         let stream = device.stream();
@@ -487,6 +505,11 @@ impl EncodedKernels {
         // SAFETY: the structures are the kernels', the pointers those of validated tensors, the buffers the caller's promise.
         unsafe { device.launch_clusters(kernel, grid, (cut.together(), 1), &launch) }
     }
+}
+
+/// Values that a matrix takes where several are decoded together: each begins at a multiple of 16 bytes.
+pub fn decoded_len(matrix: &DeviceMatrix) -> usize {
+    (matrix.n_rows() * matrix.n_cols()).next_multiple_of(8)
 }
 
 /// Bytes of the operand of up to 16 tokens of `n_cols` columns, of which those for integers take half; tiles of two units may make the kernels read one

@@ -6,21 +6,25 @@ use crate::error::Result;
 use cudarc::driver::CudaFunction;
 use cudarc::driver::sys::CUdeviceptr;
 
-/// Threads of a block of [`Attend`].
-pub(super) const ATTEND_THREADS: u32 = 128;
+/// Tokens of a block of [`Attend`], of which a warp has 16.
+pub(super) const ATTEND_TOKENS: u32 = 64;
+pub(super) const ATTEND_THREADS: u32 = ATTEND_TOKENS * 2;
 /// Threads of a block of [`AttendOne`], their warps, and positions that a block takes at a time.
 pub(super) const ONE_THREADS: u32 = 256;
 const ONE_WARPS: usize = ONE_THREADS as usize / 32;
 pub(super) const ONE_TILE: usize = 64;
-/// Elements of a head in the cache, padded, that [`AttendOne`] is made for.
+/// Elements of a head in the cache, padded, that [`Attend`] and [`AttendOne`] are made for.
 pub(super) const CACHED_DIMS: [usize; 4] = [32, 64, 128, 256];
 /// Query heads that a block of [`AttendOne`] takes at most.
 pub(super) const ONE_HEADS: usize = 2;
-/// The same of [`Attend`].
-pub(super) const TILE_HEADS: usize = 8;
-
 /// Blocks of a cluster of [`AttendOne`], at most (`ONE_CLUSTER` in model.cu). Larger ones wait longer for their room.
 pub(super) const ONE_CLUSTER: usize = 4;
+
+/// Bytes of shared memory that a block of [`Attend`] takes: queries as two numbers each, and two tiles of keys and of values, of as many positions as in model.cu.
+pub(super) fn attend_bytes(cached_dim: usize) -> u32 {
+    let positions = if cached_dim > 128 { 16 } else { 64 };
+    (2 * (2 * ATTEND_TOKENS as usize + 4 * positions) * cached_dim) as u32
+}
 
 /// Bytes of shared memory that a block of [`AttendOne`] takes.
 pub(super) fn one_bytes(cached_dim: usize) -> u32 {
@@ -106,10 +110,10 @@ pub(super) struct Attend {
     pub keys: CUdeviceptr,
     pub values: CUdeviceptr,
     pub out: CUdeviceptr,
+    pub n_tokens: u32,
     pub n_heads: u32,
     pub n_kv_heads: u32,
     pub head_dim: u32,
-    pub cached_dim: u32,
     pub capacity: u32,
     pub window: u32,
 }
@@ -142,10 +146,8 @@ pub(super) struct Kernels {
     pub add_bias: CudaFunction,
     pub silu_mul: CudaFunction,
     pub place_heads: CudaFunction,
-    pub attend_64: CudaFunction,
-    pub attend_128: CudaFunction,
-    pub attend_any: CudaFunction,
-    /// As in [`CACHED_DIMS`].
+    /// As in [`CACHED_DIMS`], and the next.
+    pub attend: [CudaFunction; 4],
     pub attend_one: [CudaFunction; 4],
     pub choose: CudaFunction,
 }
@@ -154,7 +156,10 @@ impl Kernels {
     pub fn load(device: &Device) -> Result<Self> {
         let module = device.load(&code::MODEL)?;
         let kernel = |name| device.kernel(&module, name, 0);
-        let one = |dim: usize| device.kernel(&module, &format!("attend_one_{dim}"), one_bytes(dim));
+        let of_dims = |name: &str, bytes: fn(usize) -> u32| -> Result<[CudaFunction; 4]> {
+            let [a, b, c, d] = CACHED_DIMS.map(|dim| device.kernel(&module, &format!("{name}_{dim}"), bytes(dim)));
+            Ok([a?, b?, c?, d?])
+        };
         Ok(Self {
             begin_step: kernel("begin_step")?,
             embed_dense: kernel("embed_dense")?,
@@ -162,13 +167,8 @@ impl Kernels {
             add_bias: kernel("add_bias")?,
             silu_mul: kernel("silu_mul")?,
             place_heads: kernel("place_heads")?,
-            attend_64: kernel("attend_64")?,
-            attend_128: kernel("attend_128")?,
-            attend_any: kernel("attend_any")?,
-            attend_one: {
-                let [a, b, c, d] = CACHED_DIMS.map(one);
-                [a?, b?, c?, d?]
-            },
+            attend: of_dims("attend", attend_bytes)?,
+            attend_one: of_dims("attend_one", one_bytes)?,
             choose: kernel("choose")?,
         })
     }
