@@ -30,15 +30,16 @@ if $nvrtc; then
 else
     echo 'NVRTC is not installed: its kernels and racecheck skipped'
 fi
-# Golden vectors and others whose payload is noise: nothing out of bounds; and no races, which take long to look for, so in the vectors alone. Racecheck only
+# Golden vectors and others whose payload is noise, and attention: nothing out of bounds; and no races, which take long to look for, so in the vectors alone. Racecheck only
 # follows barriers at which every lane arrives, so NVRTC builds the kernels with such ones.
 if command -v compute-sanitizer >/dev/null; then
     sanitize() { # tool, test
         CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="compute-sanitizer --tool $1 --error-exitcode 1" \
-            cargo test --release -p codecllm-engine --lib "cuda::encoded::tests::$2" 2>&1 | tee "$out/$1.log"
+            cargo test --release -p codecllm-engine --lib "cuda::$2" 2>&1 | tee "$out/$1-${2%%::*}.log"
     }
-    sanitize memcheck a_corrupt
-    if $nvrtc; then CODECLLM_NVRTC=1 CODECLLM_NVRTC_OPTIONS=-DRACECHECK sanitize racecheck a_corrupt_vector; fi
+    sanitize memcheck encoded::tests::a_corrupt
+    sanitize memcheck backend::tests::attention
+    if $nvrtc; then CODECLLM_NVRTC=1 CODECLLM_NVRTC_OPTIONS=-DRACECHECK sanitize racecheck encoded::tests::a_corrupt_vector; fi
 else
     echo 'compute-sanitizer is not installed: memcheck and racecheck skipped'
 fi

@@ -44,21 +44,44 @@ struct Normalize {
     uint32_t n_cols, stride;
 };
 
+// Columns 4i to 4i + 3 of a row of n_cols that begins at a multiple of so many; zeros behind the last.
+__device__ __forceinline__ float4 load_quad(const float* row, uint32_t i, uint32_t n_cols) {
+    if (n_cols % 4 == 0) return 4 * i < n_cols ? reinterpret_cast<const float4*>(row)[i] : float4{};
+    auto at = [&](uint32_t c) { return c < n_cols ? row[c] : 0.0f; };
+    return {at(4 * i), at(4 * i + 1), at(4 * i + 2), at(4 * i + 3)};
+}
+__device__ __forceinline__ void store_quad(float* row, uint32_t i, uint32_t n_cols, float4 v) {
+    const float values[4] = {v.x, v.y, v.z, v.w};
+    if (n_cols % 4 == 0 && 4 * i < n_cols) reinterpret_cast<float4*>(row)[i] = v;
+    for (uint32_t c = 4 * i; n_cols % 4 && c < min(4 * i + 4, n_cols); c++) row[c] = values[c % 4];
+}
+__device__ __forceinline__ void store_quad(__nv_bfloat16* row, uint32_t i, float4 v) {
+    reinterpret_cast<uint2*>(row)[i] = {pack(v.x, v.y), pack(v.z, v.w)};
+}
+
 // A block normalizes a token's activations, and rounds them to BF16 where that is asked for.
 extern "C" __global__ void normalize(const __grid_constant__ Normalize p) {
     wait_for_previous();
     start_next();
     const float* x = p.x + size_t(blockIdx.x) * p.n_cols;
+    const float4 held = load_quad(x, threadIdx.x, p.n_cols), first_weight = p.weight ? load_quad(p.weight, threadIdx.x, p.n_cols) : float4{};
     float scale = 1;
     if (p.weight) {
         float sum = 0;
-        for (uint32_t i = threadIdx.x; i < p.n_cols; i += blockDim.x) sum += x[i] * x[i];
+        for (uint32_t i = threadIdx.x; 4 * i < p.n_cols; i += blockDim.x) {
+            const float4 v = i == threadIdx.x ? held : load_quad(x, i, p.n_cols);
+            sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        }
         scale = 1 / sqrtf(block_sum(sum) / p.n_cols + p.eps);
     }
-    for (uint32_t i = threadIdx.x; i < p.stride; i += blockDim.x) {
-        const float value = i < p.n_cols ? (p.weight ? x[i] * scale * p.weight[i] : x[i]) : 0;
-        if (p.out && i < p.n_cols) p.out[size_t(blockIdx.x) * p.n_cols + i] = value;
-        if (p.narrow) p.narrow[size_t(blockIdx.x) * p.stride + i] = __float2bfloat16(value);
+    for (uint32_t i = threadIdx.x; 4 * i < p.stride; i += blockDim.x) {
+        float4 v = i == threadIdx.x ? held : load_quad(x, i, p.n_cols);
+        if (p.weight) {
+            const float4 w = i == threadIdx.x ? first_weight : load_quad(p.weight, i, p.n_cols);
+            v = {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w};
+        }
+        if (p.out) store_quad(p.out + size_t(blockIdx.x) * p.n_cols, i, p.n_cols, v);
+        if (p.narrow) store_quad(p.narrow + size_t(blockIdx.x) * p.stride, i, v);
     }
 }
 
@@ -75,21 +98,37 @@ extern "C" __global__ void add_bias(const __grid_constant__ AddBias p) {
 }
 
 struct SiluMul {
-    float* gate;
+    float* gate;            // [n_tokens, n_cols], where the result goes
     const float* up;
-    uint64_t n;
+    __nv_bfloat16* narrow;  // [n_tokens, stride], zeros past n_cols: where it goes instead, or null
+    uint32_t n_cols, stride;
 };
 
+// blockIdx.y is the token. Each thread has a few quads, all of which it asks for at once.
 extern "C" __global__ void silu_mul(const __grid_constant__ SiluMul p) {
+    constexpr uint32_t QUADS = 2;
     wait_for_previous();
     start_next();
-    for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < p.n; i += uint64_t(gridDim.x) * blockDim.x)
-        p.gate[i] *= p.up[i] / (1 + expf(-p.gate[i]));
+    float* gates = p.gate + size_t(blockIdx.y) * p.n_cols;
+    const float* ups = p.up + size_t(blockIdx.y) * p.n_cols;
+    const uint32_t first = blockIdx.x * QUADS * blockDim.x + threadIdx.x;
+    float4 gate[QUADS], up[QUADS];
+#pragma unroll
+    for (uint32_t q = 0; q < QUADS; q++) {
+        gate[q] = load_quad(gates, first + q * blockDim.x, p.n_cols);
+        up[q] = load_quad(ups, first + q * blockDim.x, p.n_cols);
+    }
+#pragma unroll
+    for (uint32_t q = 0; q < QUADS; q++) {
+        const uint32_t i = first + q * blockDim.x;
+        auto value = [](float g, float u) { return g * (u / (1 + expf(-g))); };
+        const float4 v = {value(gate[q].x, up[q].x), value(gate[q].y, up[q].y), value(gate[q].z, up[q].z), value(gate[q].w, up[q].w)};
+        if (!p.narrow) store_quad(gates, i, p.n_cols, v);
+        else if (4 * i < p.stride) store_quad(p.narrow + size_t(blockIdx.y) * p.stride, i, v);
+    }
 }
 
 // ---- Attention -------------------------------------------------------------------------------------------------------
-
-constexpr uint32_t MAX_PAIRS = 4;  // of a lane: heads have up to 256 elements
 
 struct Heads {
     const uint32_t* first_position;
@@ -102,7 +141,7 @@ struct Heads {
     const float* query_norm;           // [head_dim], or null
     const float* key_norm;
     float query_eps, key_eps;
-    uint32_t n_heads, n_kv_heads, head_dim, cached_dim, capacity;
+    uint32_t n_heads, n_kv_heads, head_dim, capacity;
 };
 
 // By how much a lane's pairs of elements are rotated: i of lane, lane + 32 and so on.
@@ -149,41 +188,46 @@ __device__ __forceinline__ void rotate(const Heads& p, const float* x, bool is_q
 }
 
 // A warp normalizes and rotates a head, in place if it is a query's, into the cache if it is a key's; values are only
-// stored. blockIdx.y is the token.
-extern "C" __global__ void place_heads(const __grid_constant__ Heads p) {
+// stored. blockIdx.y is the token, whose heads its blocks' warps share: a token's angles, of which it takes more than of anything else, are worked out once for a warp.
+template <uint32_t DIM>
+__device__ __forceinline__ void place_heads(const Heads& p) {
     wait_for_previous();
     start_next();
-    const uint32_t lane = threadIdx.x % 32;
-    const uint32_t head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    const uint32_t position = *p.first_position + blockIdx.y;
-    const uint32_t kv_head = head < p.n_heads + p.n_kv_heads ? head - p.n_heads : head - p.n_heads - p.n_kv_heads;
-    const size_t cached = (size_t(kv_head) * p.capacity + position) * p.cached_dim;
-    if (head >= p.n_heads + 2 * p.n_kv_heads) return;
-    if (head >= p.n_heads + p.n_kv_heads) {
-        const float* v = p.v + (size_t(blockIdx.y) * p.n_kv_heads + kv_head) * p.head_dim;
-        for (uint32_t i = lane; i < p.head_dim; i += 32) p.values[cached + i] = __float2bfloat16(v[i]);
-        return;
+    const uint32_t lane = threadIdx.x % 32, position = *p.first_position + blockIdx.y, n_warps = gridDim.x * (blockDim.x / 32);
+    const Angles<(DIM + 63) / 64> angles(p, position);
+    for (uint32_t head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; head < p.n_heads + 2 * p.n_kv_heads; head += n_warps) {
+        const uint32_t kv_head = head < p.n_heads + p.n_kv_heads ? head - p.n_heads : head - p.n_heads - p.n_kv_heads;
+        const size_t cached = (size_t(kv_head) * p.capacity + position) * DIM;
+        if (head >= p.n_heads + p.n_kv_heads) {
+            const float* v = p.v + (size_t(blockIdx.y) * p.n_kv_heads + kv_head) * p.head_dim;
+            for (uint32_t i = lane; i < p.head_dim; i += 32) p.values[cached + i] = __float2bfloat16(v[i]);
+            continue;
+        }
+        const bool is_query = head < p.n_heads;
+        float* q = p.q + (size_t(blockIdx.y) * p.n_heads + head) * p.head_dim;
+        const float* x = is_query ? q : p.k + (size_t(blockIdx.y) * p.n_kv_heads + kv_head) * p.head_dim;
+        rotate(p, x, is_query, angles, [&](uint32_t i, float value) {
+            if (is_query) q[i] = value;
+            else p.keys[cached + i] = __float2bfloat16(value);
+        });
     }
-    const bool is_query = head < p.n_heads;
-    float* q = p.q + (size_t(blockIdx.y) * p.n_heads + head) * p.head_dim;
-    const float* x = is_query ? q : p.k + (size_t(blockIdx.y) * p.n_kv_heads + kv_head) * p.head_dim;
-    rotate(p, x, is_query, Angles<MAX_PAIRS>(p, position), [&](uint32_t i, float value) {
-        if (is_query) q[i] = value;
-        else p.keys[cached + i] = __float2bfloat16(value);
-    });
 }
+
+extern "C" __global__ void place_heads_32(const __grid_constant__ Heads p) { place_heads<32>(p); }
+extern "C" __global__ void place_heads_64(const __grid_constant__ Heads p) { place_heads<64>(p); }
+extern "C" __global__ void place_heads_128(const __grid_constant__ Heads p) { place_heads<128>(p); }
+extern "C" __global__ void place_heads_256(const __grid_constant__ Heads p) { place_heads<256>(p); }
 
 struct Attend {
     const uint32_t* first_position;
     const float* q;               // [n_tokens, n_heads, head_dim]
     const __nv_bfloat16* keys;    // [n_kv_heads, capacity, cached_dim], zeros past head_dim
     const __nv_bfloat16* values;
-    float* out;                   // [n_tokens, n_heads, head_dim]
-    uint32_t n_tokens, n_heads, n_kv_heads, head_dim, capacity, window;  // window 0: none
+    void* out;                    // [n_tokens, stride]: of n_heads · head_dim, f32 or bf16
+    uint32_t n_tokens, n_heads, n_kv_heads, head_dim, capacity, window, stride;  // window 0: none
 };
 
-// Tokens of a block, 16 a warp.
-constexpr uint32_t ATTEND_TOKENS = 64, ATTEND_THREADS = ATTEND_TOKENS * 2;
+constexpr uint32_t ATTEND_THREADS = 128;
 
 // Two numbers, each the sum of two bf16 numbers.
 __device__ __forceinline__ void split(float a, float b, uint32_t& high, uint32_t& low) {
@@ -198,18 +242,22 @@ __device__ __forceinline__ uint32_t at_octet(uint32_t row, uint32_t octet) {
     return row * (DIM * 2) + ((octet ^ (DIM < 64 ? row / 2 % 4 : row % 8)) * 16);
 }
 
-// Attention of several tokens, where place_heads has been: a block takes a head and 64 tokens, from the last ones on, for these have most positions. On the
+// Attention of several tokens, where place_heads has been: a block takes a head and 64 or 128 tokens, from the last ones on, for these have most positions. On the
 // tensor cores, with the running softmax of Milakov and Gimelshein (arXiv 1805.02867) in tiles, as FlashAttention-2 has it (Dao, arXiv 2307.08691): a warp's rows of
-// scores become the operand of its values without leaving their registers. Queries and weights are the sums of two bf16 numbers each, so that products have
-// 2^-17 of error, not 2^-9; keys and values are what the cache has. Shared memory: the queries' two parts, and two tiles each of keys and of values.
-template <uint32_t DIM>
+// scores become the operand of its values without leaving their registers. NARROW: what comes out is bf16, and so are queries and weights. Else these are the sums
+// of two bf16 numbers each, so that products have 2^-17 of error, not 2^-9; keys and values are what the cache has. Shared memory: the queries, and two tiles
+// each of keys and of values.
+template <uint32_t DIM, bool NARROW>
 __device__ __forceinline__ void attend(const Attend& p) {
-    constexpr uint32_t TILE = DIM > 128 ? 16 : 64 /* positions */, OCTETS = DIM / 8, STEPS = DIM / 16, QUERY_BYTES = ATTEND_TOKENS * DIM * 2, TILE_BYTES = TILE * DIM * 2;
+    // Sixteens of rows that a warp has: all read the same keys and values from shared memory, which is what bounds it.
+    constexpr uint32_t SIXTEENS = NARROW && DIM <= 128 ? 2 : 1, WARP_TOKENS = 16 * SIXTEENS, TOKENS = ATTEND_THREADS / 32 * WARP_TOKENS;
+    constexpr uint32_t TILE = DIM > 128 ? 16 : DIM == 128 && NARROW ? 32 : 64 /* positions */, OCTETS = DIM / 8, STEPS = DIM / 16;
+    constexpr uint32_t PARTS = NARROW ? 1 : 2, QUERY_BYTES = TOKENS * DIM * 2, TILE_BYTES = TILE * DIM * 2;
     extern __shared__ __align__(128) uint8_t tiles[];
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, head_dim = p.head_dim;
     const uint32_t head = blockIdx.x, kv_head = head / (p.n_heads / p.n_kv_heads);
-    const uint32_t first_token = (gridDim.y - 1 - blockIdx.y) * ATTEND_TOKENS, n_tokens = min(ATTEND_TOKENS, p.n_tokens - first_token);
-    const uint32_t queries = uint32_t(__cvta_generic_to_shared(tiles)), ring = queries + 2 * QUERY_BYTES;
+    const uint32_t first_token = (gridDim.y - 1 - blockIdx.y) * TOKENS, n_tokens = min(TOKENS, p.n_tokens - first_token);
+    const uint32_t queries = uint32_t(__cvta_generic_to_shared(tiles)), ring = queries + PARTS * QUERY_BYTES;
     wait_for_previous();
     start_next();
 
@@ -217,117 +265,157 @@ __device__ __forceinline__ void attend(const Attend& p) {
     const uint32_t begin = p.window && first_position + 1 > p.window ? first_position + 1 - p.window : 0;
     const uint32_t n_tiles = (end - begin + TILE - 1) / TILE;
     const size_t cached = size_t(kv_head) * p.capacity * DIM;
+    // A thread copies the same octet of every few rows.
+    constexpr uint32_t ROWS = ATTEND_THREADS / OCTETS;
+    const uint32_t octet = threadIdx.x % OCTETS, first_row = threadIdx.x / OCTETS;
+    const size_t own = cached + size_t(begin + first_row) * DIM + octet * 8;
     auto load = [&](uint32_t tile) {
-        for (uint32_t i = threadIdx.x; i < 2 * TILE * OCTETS && tile < n_tiles; i += ATTEND_THREADS) {
-            const uint32_t which = i / (TILE * OCTETS), row = i / OCTETS % TILE, octet = i % OCTETS, position = begin + tile * TILE + row;
-            const __nv_bfloat16* from = (which ? p.values : p.keys) + cached + size_t(min(position, end - 1)) * DIM + octet * 8;
-            copy_async_if(position < end, ring + (tile % 2 * 2 + which) * TILE_BYTES + at_octet<DIM>(row, octet), from);
+        const __nv_bfloat16 *keys = p.keys + own + size_t(tile) * (TILE * DIM), *values = p.values + own + size_t(tile) * (TILE * DIM);
+        const uint32_t to = ring + tile % 2 * (2 * TILE_BYTES);
+#pragma unroll
+        for (uint32_t r = 0; r < TILE; r += ROWS) {
+            const bool there = begin + tile * TILE + first_row + r < end;
+            const uint32_t at = to + at_octet<DIM>(first_row + r, octet);
+            copy_async_if(there, at, keys + r * DIM);
+            copy_async_if(there, at + TILE_BYTES, values + r * DIM);
         }
         commit_copies();
     };
     load(0);
     // Scores come out as powers of two.
     const float scale = rsqrtf(head_dim) * 1.44269504f;
-    for (uint32_t i = threadIdx.x; i < ATTEND_TOKENS * OCTETS; i += ATTEND_THREADS) {
-        const uint32_t row = i / OCTETS, octet = i % OCTETS;
-        const float* q = p.q + (size_t(first_token + row) * p.n_heads + head) * head_dim;
+#pragma unroll 8
+    for (uint32_t row = first_row; row < TOKENS; row += ROWS) {
+        const float2* q = reinterpret_cast<const float2*>(p.q + (size_t(first_token + row) * p.n_heads + head) * head_dim + octet * 8);
         uint32_t high[4], low[4];
 #pragma unroll
         for (uint32_t pair = 0; pair < 4; pair++) {
-            const uint32_t c = octet * 8 + pair * 2;  // head_dim is even
-            const bool there = row < n_tokens && c < head_dim;
-            const float a = there ? q[c] * scale : 0, b = there ? q[c + 1] * scale : 0;
-            split(a, b, high[pair], low[pair]);
+            // head_dim is even
+            const float2 v = row < n_tokens && octet * 8 + pair * 2 < head_dim ? q[pair] : float2{};
+            split(v.x * scale, v.y * scale, high[pair], low[pair]);
         }
         const uint32_t at = at_octet<DIM>(row, octet);
         *reinterpret_cast<uint4*>(tiles + at) = {high[0], high[1], high[2], high[3]};
-        *reinterpret_cast<uint4*>(tiles + QUERY_BYTES + at) = {low[0], low[1], low[2], low[3]};
+        if (!NARROW) *reinterpret_cast<uint4*>(tiles + QUERY_BYTES + at) = {low[0], low[1], low[2], low[3]};
     }
 
-    // A lane has of two rows, of tokens `row` and `row` + 8, columns lane % 4 · 2 and the next of every eight.
-    const uint32_t row = warp * 16 + lane / 4, column = lane % 4 * 2;
-    float largest[2] = {-INFINITY, -INFINITY}, total[2] = {}, sums[2 * STEPS][4] = {};
+    // A lane has of each sixteen two rows, of tokens `row` and `row` + 8, columns lane % 4 · 2 and the next of every eight.
+    const uint32_t row = warp * WARP_TOKENS + lane / 4, column = lane % 4 * 2;
+    float largest[SIXTEENS][2], total[SIXTEENS][2] = {}, sums[SIXTEENS][2 * STEPS][4] = {};
+#pragma unroll
+    for (uint32_t m = 0; m < SIXTEENS; m++) largest[m][0] = largest[m][1] = -INFINITY;
     for (uint32_t tile = 0; tile < n_tiles; tile++) {
         load(tile + 1);
         wait_copies<1>();
         __syncthreads();
         const uint32_t keys = ring + tile % 2 * 2 * TILE_BYTES, values = keys + TILE_BYTES, start = begin + tile * TILE;
-        float scores[TILE / 8][4] = {};
-#pragma unroll
-        for (uint32_t step = 0; step < STEPS; step++) {
-            uint32_t high[4], low[4];
-            const uint32_t at = queries + at_octet<DIM>(warp * 16 + lane % 16, step * 2 + lane / 16);
-            load_matrix(high, at);
-            load_matrix(low, at + QUERY_BYTES);
-#pragma unroll
-            for (uint32_t n = 0; n < TILE / 16; n++) {
-                uint32_t k[4];  // of 16 positions, the first eight's two halves, then the others'
-                load_matrix(k, keys + at_octet<DIM>(n * 16 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
-                mma(scores[2 * n], high, k[0], k[1]), mma(scores[2 * n + 1], high, k[2], k[3]);
-                mma(scores[2 * n], low, k[0], k[1]), mma(scores[2 * n + 1], low, k[2], k[3]);
-            }
-        }
-        if (p.window || start + TILE > first_position + warp * 16 + 1) {
-#pragma unroll
-            for (uint32_t n = 0; n < TILE / 8; n++)
-#pragma unroll
-                for (uint32_t c = 0; c < 4; c++) {
-                    const uint32_t at = start + n * 8 + column + c % 2, position = first_position + row + c / 2 * 8;
-                    if (at > position || (p.window && at + p.window <= position)) scores[n][c] = -INFINITY;
-                }
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < 2; i++) {
-            float best = largest[i];
-#pragma unroll
-            for (uint32_t n = 0; n < TILE / 8; n++) best = fmaxf(best, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
-            best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-            best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-            // A token that has seen no position so far has no weights but zeros.
-            const float base = best == -INFINITY ? 0 : best, rescale = power_of_two(largest[i] - base);
-            largest[i] = best, total[i] *= rescale;
-#pragma unroll
-            for (uint32_t n = 0; n < TILE / 8; n++)
-#pragma unroll
-                for (uint32_t c = 2 * i; c < 2 * i + 2; c++) total[i] += scores[n][c] = power_of_two(scores[n][c] - base);
-#pragma unroll
-            for (uint32_t n = 0; n < 2 * STEPS; n++) sums[n][2 * i] *= rescale, sums[n][2 * i + 1] *= rescale;
-        }
-#pragma unroll
-        for (uint32_t n = 0; n < TILE / 16; n++) {
-            uint32_t high[4], low[4];
-#pragma unroll
-            for (uint32_t i = 0; i < 4; i++) split(scores[2 * n + i / 2][i % 2 * 2], scores[2 * n + i / 2][i % 2 * 2 + 1], high[i], low[i]);
+        // Whether the warp's tokens see any of these positions.
+        if (start < first_position + (warp + 1) * WARP_TOKENS) {
+            float scores[SIXTEENS][TILE / 8][4] = {};
 #pragma unroll
             for (uint32_t step = 0; step < STEPS; step++) {
-                uint32_t v[4];  // of 16 columns, the first eight's two halves of positions, then the others'
-                load_transposed(v, values + at_octet<DIM>(n * 16 + lane % 16, step * 2 + lane / 16));
-                mma(sums[2 * step], high, v[0], v[1]), mma(sums[2 * step + 1], high, v[2], v[3]);
-                mma(sums[2 * step], low, v[0], v[1]), mma(sums[2 * step + 1], low, v[2], v[3]);
+                uint32_t high[SIXTEENS][4], low[SIXTEENS][4];
+#pragma unroll
+                for (uint32_t m = 0; m < SIXTEENS; m++) {
+                    const uint32_t at = queries + at_octet<DIM>(warp * WARP_TOKENS + m * 16 + lane % 16, step * 2 + lane / 16);
+                    load_matrix(high[m], at);
+                    if (!NARROW) load_matrix(low[m], at + QUERY_BYTES);
+                }
+#pragma unroll
+                for (uint32_t n = 0; n < TILE / 16; n++) {
+                    uint32_t k[4];  // of 16 positions, the first eight's two halves, then the others'
+                    load_matrix(k, keys + at_octet<DIM>(n * 16 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+#pragma unroll
+                    for (uint32_t m = 0; m < SIXTEENS; m++) {
+                        mma(scores[m][2 * n], high[m], k[0], k[1]), mma(scores[m][2 * n + 1], high[m], k[2], k[3]);
+                        if (!NARROW) mma(scores[m][2 * n], low[m], k[0], k[1]), mma(scores[m][2 * n + 1], low[m], k[2], k[3]);
+                    }
+                }
+            }
+            if (p.window || start + TILE > first_position + warp * WARP_TOKENS + 1) {
+#pragma unroll
+                for (uint32_t m = 0; m < SIXTEENS; m++)
+#pragma unroll
+                    for (uint32_t n = 0; n < TILE / 8; n++)
+#pragma unroll
+                        for (uint32_t c = 0; c < 4; c++) {
+                            const uint32_t at = start + n * 8 + column + c % 2, position = first_position + row + m * 16 + c / 2 * 8;
+                            if (at > position || (p.window && at + p.window <= position)) scores[m][n][c] = -INFINITY;
+                        }
+            }
+#pragma unroll
+            for (uint32_t m = 0; m < SIXTEENS; m++)
+#pragma unroll
+                for (uint32_t i = 0; i < 2; i++) {
+                    float best = largest[m][i];
+#pragma unroll
+                    for (uint32_t n = 0; n < TILE / 8; n++) best = fmaxf(best, fmaxf(scores[m][n][2 * i], scores[m][n][2 * i + 1]));
+                    best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+                    best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+                    // A token that has seen no position so far has no weights but zeros.
+                    const float base = best == -INFINITY ? 0 : best, rescale = power_of_two(largest[m][i] - base);
+                    if (__any_sync(~0u, best != largest[m][i])) {
+                        total[m][i] *= rescale;
+#pragma unroll
+                        for (uint32_t n = 0; n < 2 * STEPS; n++) sums[m][n][2 * i] *= rescale, sums[m][n][2 * i + 1] *= rescale;
+                    }
+                    largest[m][i] = best;
+#pragma unroll
+                    for (uint32_t n = 0; n < TILE / 8; n++)
+#pragma unroll
+                        for (uint32_t c = 2 * i; c < 2 * i + 2; c++) total[m][i] += scores[m][n][c] = power_of_two(scores[m][n][c] - base);
+                }
+#pragma unroll
+            for (uint32_t n = 0; n < TILE / 16; n++) {
+                uint32_t high[SIXTEENS][4], low[SIXTEENS][4];
+#pragma unroll
+                for (uint32_t m = 0; m < SIXTEENS; m++)
+#pragma unroll
+                    for (uint32_t i = 0; i < 4; i++)
+                        split(scores[m][2 * n + i / 2][i % 2 * 2], scores[m][2 * n + i / 2][i % 2 * 2 + 1], high[m][i], low[m][i]);
+#pragma unroll
+                for (uint32_t step = 0; step < STEPS; step++) {
+                    uint32_t v[4];  // of 16 columns, the first eight's two halves of positions, then the others'
+                    load_transposed(v, values + at_octet<DIM>(n * 16 + lane % 16, step * 2 + lane / 16));
+#pragma unroll
+                    for (uint32_t m = 0; m < SIXTEENS; m++) {
+                        mma(sums[m][2 * step], high[m], v[0], v[1]), mma(sums[m][2 * step + 1], high[m], v[2], v[3]);
+                        if (!NARROW) mma(sums[m][2 * step], low[m], v[0], v[1]), mma(sums[m][2 * step + 1], low[m], v[2], v[3]);
+                    }
+                }
             }
         }
         __syncthreads();  // before the tile's place is filled again
     }
 
 #pragma unroll
-    for (uint32_t i = 0; i < 2; i++) {
-        total[i] += __shfl_xor_sync(~0u, total[i], 1);
-        total[i] += __shfl_xor_sync(~0u, total[i], 2);
-        if (row + 8 * i >= n_tokens) continue;
-        const float factor = 1 / total[i];
-        float* out = p.out + (size_t(first_token + row + 8 * i) * p.n_heads + head) * head_dim;
+    for (uint32_t m = 0; m < SIXTEENS; m++)
 #pragma unroll
-        for (uint32_t n = 0; n < 2 * STEPS; n++) {
-            const uint32_t c = n * 8 + column;
-            if (c < head_dim) *reinterpret_cast<float2*>(out + c) = {sums[n][2 * i] * factor, sums[n][2 * i + 1] * factor};
+        for (uint32_t i = 0; i < 2; i++) {
+            total[m][i] += __shfl_xor_sync(~0u, total[m][i], 1);
+            total[m][i] += __shfl_xor_sync(~0u, total[m][i], 2);
+            const uint32_t token = row + m * 16 + i * 8;
+            if (token >= n_tokens) continue;
+            const float factor = 1 / total[m][i];
+            const size_t at = size_t(first_token + token) * p.stride + head * head_dim;
+#pragma unroll
+            for (uint32_t n = 0; n < 2 * STEPS; n++) {
+                const uint32_t c = n * 8 + column;
+                if (c >= head_dim) break;
+                const float a = sums[m][n][2 * i] * factor, b = sums[m][n][2 * i + 1] * factor;
+                if (NARROW) *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(p.out) + at + c) = pack(a, b);
+                else *reinterpret_cast<float2*>(static_cast<float*>(p.out) + at + c) = {a, b};
+            }
         }
-    }
 }
 
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_32(const __grid_constant__ Attend p) { attend<32>(p); }
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_64(const __grid_constant__ Attend p) { attend<64>(p); }
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_128(const __grid_constant__ Attend p) { attend<128>(p); }
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_256(const __grid_constant__ Attend p) { attend<256>(p); }
+#define ATTEND(DIM)                                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_##DIM(const __grid_constant__ Attend p) { attend<DIM, false>(p); } \
+    extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_narrow_##DIM(const __grid_constant__ Attend p) { attend<DIM, true>(p); }
+ATTEND(32)
+ATTEND(64)
+ATTEND(128)
+ATTEND(256)
 
 struct AttendOne {
     Heads heads;

@@ -130,6 +130,11 @@ pub trait Backend: Send + Sync + Sized {
     /// Begins a step: `tokens` stand at `first_position` and after it.
     fn begin(&self, batch: &mut Self::Batch, tokens: &[u32], first_position: usize) -> Result<()>;
 
+    /// Says which matrices the batch's next products are of, in this order, behind those of which that was said before; so they may be decoded ahead.
+    fn prepare(&self, _: &Self::Batch, _: &[&Self::Matrix]) -> Result<()> {
+        Ok(())
+    }
+
     /// Runs `pass`, which issues the operations of a step; where it has to be recorded anew, more than once.
     ///
     /// With a recording, the step has one token, and `pass` issues the very operations, on the very buffers, that it did
@@ -221,6 +226,6 @@ pub struct DecodedForm {
     pub bytes: u64,
     /// Whether they are its weights to the bit.
     pub is_lossless: bool,
-    /// Products of more tokens read this form, in memory that all matrices share in turn.
+    /// Products of more tokens read this form, in memory that the matrices of all layers share in turn.
     pub fused_tokens: usize,
 }

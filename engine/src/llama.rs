@@ -384,8 +384,16 @@ impl<B: Backend> Model<B> {
     /// The forward pass over the batch that was begun.
     fn pass(&self, caches: &mut [B::Cache], workspace: &mut Workspace<B>, want: Option<Logits>) -> Result<()> {
         let b = &self.backend;
+        let mut layers = self.layers.iter();
+        // A layer ahead.
+        let prepare = |layer: Option<&Layer<B>>, batch: &B::Batch| match layer {
+            Some(layer) => b.prepare(batch, &layer.linears().map(|linear| &linear.matrix)),
+            None => Ok(()),
+        };
+        prepare(layers.next(), &workspace.batch)?;
         b.embed(&workspace.batch, &self.embedding, &mut workspace.x)?;
         for (layer, cache) in self.layers.iter().zip(caches) {
+            prepare(layers.next(), &workspace.batch)?;
             self.layer_pass(layer, cache, workspace, |_, _| Ok(ControlFlow::Continue(())))?;
         }
         let Workspace { batch, x, logits, .. } = workspace;

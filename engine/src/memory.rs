@@ -44,7 +44,7 @@ pub(crate) struct Footprint {
     pub decoded: Option<u64>,
     /// Whether it may be kept so.
     pub is_allowed: bool,
-    /// Whether products decode it, where it is not kept so, into memory that all matrices share.
+    /// Whether products decode it, where it is not kept so, into memory that all units share.
     pub is_shared: bool,
 }
 
@@ -55,17 +55,28 @@ impl Footprint {
     }
 }
 
+/// So many bytes of matrices may be decoded together into that memory, of which there are two such places; more if one alone takes more.
+pub(crate) const TOGETHER_BYTES: u64 = 64 << 20;
+
 /// Bytes of all units and of the scratch that they share, where the first `n` are decoded.
 pub(crate) fn unit_bytes(units: &[Unit], n: usize) -> (u64, u64) {
-    let (mut bytes, mut scratch) = (0, 0);
+    let (mut bytes, mut scratch) = (0, [0; 2]);
     for (i, unit) in units.iter().enumerate() {
+        let (mut together, mut largest) = (0, 0);
         for m in unit {
             let kept = m.kept().filter(|_| i < n);
             bytes += kept.unwrap_or(m.bytes);
-            scratch = scratch.max(m.decoded.filter(|_| m.is_shared && kept.is_none()).unwrap_or(0));
+            let shared = m.decoded.filter(|_| m.is_shared && kept.is_none()).unwrap_or(0);
+            together += shared;
+            largest = shared.max(largest);
+        }
+        // With the beginning of the next one's. A matrix that is a unit by itself is not decoded beside others.
+        let place = largest.max((2 * together).min(TOGETHER_BYTES));
+        for place_of in scratch.iter_mut().take(unit.len().min(2)) {
+            *place_of = place.max(*place_of);
         }
     }
-    (bytes, scratch)
+    (bytes, scratch[0] + scratch[1])
 }
 
 /// How many of the first units fit decoded into `budget` bytes, beside `others`; `None` where not even the encoded ones do.
@@ -145,38 +156,52 @@ mod tests {
         Footprint { bytes, decoded: Some(decoded), is_allowed: true, is_shared: true }
     }
 
+    /// Twenty layers, and a matrix that no product decodes.
     fn units() -> Vec<Unit> {
         let layer = || vec![encoded(40, 100), encoded(60, 150)];
-        vec![layer(), layer(), layer(), vec![Footprint { is_shared: false, ..encoded(70, 180) }]]
+        let mut units: Vec<Unit> = std::iter::repeat_with(layer).take(20).collect();
+        units.push(vec![Footprint { is_shared: false, ..encoded(70, 180) }]);
+        units
     }
 
     #[test]
     fn as_many_first_units_as_fit_are_decoded() {
         let units = units();
-        // Encoded: 370, and 150 to decode the largest matrix in.
-        assert_eq!(unit_bytes(&units, 0), (370, 150));
-        assert_eq!(unit_bytes(&units, 2), (670, 150));
-        assert_eq!(unit_bytes(&units, 3), (820, 0));
-        assert_eq!(unit_bytes(&units, 4), (930, 0));
+        // Encoded: 2070, and twice 500 to decode a layer in, and one ahead.
+        assert_eq!(unit_bytes(&units, 0), (2070, 1000));
+        assert_eq!(unit_bytes(&units, 19), (4920, 1000));
+        assert_eq!(unit_bytes(&units, 20), (5070, 0));
+        assert_eq!(unit_bytes(&units, 21), (5180, 0));
         let fit = |budget| units_that_fit(&units, 10, 10, budget);
         for (budget, expected) in [
             (0, None),
-            (529, None),
-            (530, Some(0)),
-            (679, Some(0)),
-            (680, Some(1)),
-            (830, Some(2)),
-            // A matrix of the third is there in both forms on the way: 730 and 150.
-            (879, Some(2)),
-            (880, Some(3)),
-            (999, Some(3)),
-            (1000, Some(4)),
+            (3079, None),
+            (3080, Some(0)),
+            (3229, Some(0)),
+            (3230, Some(1)),
+            (5030, Some(13)),
+            // All layers need 5080, less than fourteen: no prompt needs the memory to decode in. But a matrix of the last is there in both forms on the
+            // way: 4980 and 150.
+            (5129, Some(13)),
+            (5130, Some(20)),
+            (5249, Some(20)),
+            (5250, Some(21)),
         ] {
             assert_eq!(fit(budget), expected, "{budget}");
         }
-        // Where three fit, two do not: with three, no prompt needs scratch.
-        assert_eq!(units_that_fit(&units, 100, 100, 919), Some(1));
-        assert_eq!(units_that_fit(&units, 100, 100, 920), Some(3));
+    }
+
+    #[test]
+    fn layers_too_large_to_be_decoded_together_share_room_for_their_largest_matrix() {
+        const MIB: u64 = 1 << 20;
+        let scratch = |head: u64, sizes: &[u64]| {
+            let layer: Unit = sizes.iter().map(|&size| encoded(1, size * MIB)).collect();
+            unit_bytes(&[layer, vec![encoded(1, head * MIB)]], 0).1 / MIB
+        };
+        assert_eq!(scratch(0, &[10, 12]), 88);
+        assert_eq!(scratch(0, &[20, 30, 40]), 128);
+        assert_eq!(scratch(0, &[20, 200, 40]), 400);
+        assert_eq!(scratch(300, &[20, 30, 40]), 364);
     }
 
     #[test]
@@ -194,11 +219,10 @@ mod tests {
         let fixed = Footprint { bytes: 50, decoded: None, is_allowed: true, is_shared: true };
         let rounded = Footprint { is_allowed: false, ..encoded(40, 100) };
         let units = [vec![fixed, rounded, encoded(10, 20)]];
-        assert_eq!(unit_bytes(&units, 0), (100, 100));
-        assert_eq!(unit_bytes(&units, 1), (110, 100));
-        assert_eq!(units_that_fit(&units, 0, 0, 199), None);
-        assert_eq!(units_that_fit(&units, 0, 0, 209), Some(0));
-        assert_eq!(units_that_fit(&units, 0, 0, 210), Some(1));
+        assert_eq!(unit_bytes(&units, 0), (100, 480));
+        assert_eq!(unit_bytes(&units, 1), (110, 400));
+        assert_eq!(units_that_fit(&units, 0, 0, 509), None);
+        assert_eq!(units_that_fit(&units, 0, 0, 510), Some(1));
     }
 
     #[test]

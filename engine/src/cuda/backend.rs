@@ -4,13 +4,12 @@
 //! position) is read from memory that [`Backend::begin`] writes. Its products read the weights once, encoded or not, with the norm before
 //! them and the sum after them in the same kernel. Those of more tokens are cuBLAS's where weights are plain or lossless, of activations
 //! rounded to BF16: so a lossless archive yields what its source does. Other encoded matrices are multiplied as they are up to 16 tokens. For cuBLAS
-//! encoded matrices are decoded, into a buffer that all of them share; without cuBLAS tokens go one by one, or 16 by 16.
+//! encoded matrices are decoded, ahead of the products, into memory that all of them share; without cuBLAS tokens go one by one, or 16 by 16.
 
+use super::ahead::Ahead;
 use super::blas::{Blas, Gemm};
 use super::device::{Device, Grid, failed};
-use super::encoded::{
-    self, DeviceMatrix, EncodedKernels, OperandBuffer, PLAIN_ALIGN, PRODUCT_TOKENS, decoded_len, plain_len,
-};
+use super::encoded::{self, DeviceMatrix, EncodedKernels, OperandBuffer, PLAIN_ALIGN, PRODUCT_TOKENS, plain_len};
 use super::host::{Pinned, Upload};
 use super::ops::{self, Kernels, NONE};
 use super::sample::{DrawState, SampleKernels};
@@ -23,7 +22,7 @@ use codecllm_codec::Coder;
 use cudarc::driver::sys::{CUdeviceptr, CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
 use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr, DevicePtrMut, DriverError};
 use half::bf16;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 #[cfg(test)]
 mod tests;
@@ -55,8 +54,8 @@ struct Scratch {
     max_cols: usize,
     /// Normalized activations, `[PRODUCT_TOKENS, max_cols]`.
     normed: CudaSlice<f32>,
-    /// A decoded matrix.
-    decoded: CudaSlice<bf16>,
+    /// Decoded matrices.
+    ahead: Ahead,
 }
 
 impl CudaBackend {
@@ -71,8 +70,7 @@ impl CudaBackend {
             operand: encoded.operand(&device, 0)?,
             max_cols: 0,
             normed: device.zeros(0)?,
-            // SAFETY: it is empty.
-            decoded: unsafe { device.stream().alloc(0) }.map_err(failed("allocating memory"))?,
+            ahead: Ahead::new(&device)?,
         });
         Ok(Self { device, kernels, sample, blas, upload, encoded, scratch, zstd: Mutex::new(None) })
     }
@@ -106,7 +104,7 @@ pub struct Matrix(Storage);
 
 enum Storage {
     Dense(Box<Dense>),
-    Encoded(Box<DeviceMatrix>),
+    Encoded(Arc<DeviceMatrix>),
     Zstd(Box<ZstdMatrix>),
 }
 
@@ -116,6 +114,13 @@ struct Dense {
     data: CudaSlice<bf16>,
 }
 
+impl Dense {
+    /// Where it lies, and elements between its rows.
+    fn place(&self) -> (CUdeviceptr, usize) {
+        (address(&self.data), self.matrix.n_cols().next_multiple_of(PLAIN_ALIGN))
+    }
+}
+
 impl Matrix {
     /// What is multiplied as it is.
     fn fused(&self) -> Option<&DeviceMatrix> {
@@ -123,6 +128,14 @@ impl Matrix {
             Storage::Dense(dense) => Some(&dense.matrix),
             Storage::Encoded(encoded) => Some(encoded),
             Storage::Zstd(_) => None,
+        }
+    }
+
+    /// What is decoded for cuBLAS.
+    fn encoded(&self) -> Option<&Arc<DeviceMatrix>> {
+        match &self.0 {
+            Storage::Encoded(encoded) => Some(encoded),
+            Storage::Dense(_) | Storage::Zstd(_) => None,
         }
     }
 
@@ -152,7 +165,16 @@ pub struct Buffer {
     /// The same rounded to BF16, `[capacity, width padded]`, while it is the input of a product by cuBLAS. Empty where there is
     /// one token at most.
     narrow: CudaSlice<u16>,
+    /// Whether that is all there is: see [`CudaBackend::narrows`].
+    is_narrow: bool,
     width: usize,
+}
+
+impl Buffer {
+    /// Elements of a row of the BF16 form.
+    fn stride(&self) -> usize {
+        self.width.next_multiple_of(PLAIN_ALIGN)
+    }
 }
 
 /// The tokens of a step.
@@ -217,7 +239,7 @@ impl<'a> Activations<'a> {
     }
 
     fn stride(&self) -> usize {
-        self.buffer.width.next_multiple_of(PLAIN_ALIGN)
+        self.buffer.stride()
     }
 
     fn address(&self) -> CUdeviceptr {
@@ -230,7 +252,6 @@ impl<'a> Activations<'a> {
     }
 }
 
-/// The rows of a dense matrix, or of one that was decoded, and what becomes of their product.
 /// Where a slice lies. All work goes through one stream, so that no event guards it.
 fn address<T>(slice: &CudaSlice<T>) -> CUdeviceptr {
     slice.device_ptr(slice.stream()).0
@@ -250,10 +271,9 @@ impl CudaBackend {
         self.upload.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// A grid over `n` values, each thread taking several.
-    fn elementwise(&self, n: usize) -> Grid {
-        let blocks = n.div_ceil(ROW_THREADS as usize).min(8 * self.device.n_multiprocessors() as usize);
-        Grid { blocks: (blocks as u32, 1, 1), threads: ROW_THREADS, shared_bytes: 0 }
+    /// Whether all products of so many tokens are cuBLAS's. Then activations that nothing but products read need not be written but as BF16.
+    fn narrows(&self, n_tokens: usize) -> bool {
+        self.has_blas() && n_tokens > PRODUCT_TOKENS
     }
 
     /// Normalizes activations, where they are to be: into `out` as f32, or rounded into their buffer's BF16 form.
@@ -265,7 +285,8 @@ impl CudaBackend {
         };
         let (n_cols, stride) = (x.n_cols() as u32, x.stride() as u32);
         let params = ops::Normalize { x: x.address(), weight, out, narrow, eps, n_cols, stride };
-        let grid = Grid { blocks: (x.n_tokens as u32, 1, 1), threads: 4 * ROW_THREADS, shared_bytes: 0 };
+        let threads = n_cols.div_ceil(4).next_multiple_of(32).min(4 * ROW_THREADS);
+        let grid = Grid { blocks: (x.n_tokens as u32, 1, 1), threads, shared_bytes: 0 };
         // SAFETY: the buffer has a row of either form for each token, and so has `out`.
         unsafe { self.device.launch(&self.kernels.normalize, grid, &params) }
     }
@@ -276,6 +297,7 @@ impl CudaBackend {
         let blas = self.blas.as_ref().filter(|_| x.n_tokens > 1);
         let (mut plain, mut encoded, mut by_blas) = (Vec::new(), Vec::new(), Vec::new());
         for product in products {
+            product.out.is_narrow = false;
             match (blas, &product.matrix.0) {
                 (_, Storage::Encoded(matrix)) if blas.is_none() || x.n_tokens <= fused_tokens(matrix) => {
                     encoded.push((&**matrix, product));
@@ -283,8 +305,8 @@ impl CudaBackend {
                 (None, Storage::Dense(dense)) => plain.push((&dense.matrix, product)),
                 (None, storage) => {
                     let mut scratch = self.scratch();
-                    self.dense(storage, &mut scratch.decoded)?;
-                    let (data, n_rows) = (address(&scratch.decoded), product.matrix.n_rows());
+                    let (data, _) = self.dense(storage, scratch.ahead.clear()?)?;
+                    let n_rows = product.matrix.n_rows();
                     let decoded = DeviceMatrix::plain(&self.encoded, data, n_rows, x.n_cols())?;
                     self.fused(&x, &mut scratch, &mut [(&decoded, product)], 1)?;
                 }
@@ -302,33 +324,28 @@ impl CudaBackend {
         Ok(())
     }
 
-    /// Products of many tokens. Encoded matrices are decoded by one launch, as many of them as have room where the largest one of the model has.
-    fn by_blas(&self, blas: &Blas, x: &Activations<'_>, mut products: &mut [&mut Projection<'_, Self>]) -> Result<()> {
-        self.normalize(x, None)?;
+    /// Products of many tokens.
+    fn by_blas(&self, blas: &Blas, x: &Activations<'_>, products: &mut [&mut Projection<'_, Self>]) -> Result<()> {
+        assert!(x.norm.is_none() || !x.buffer.is_narrow, "what is to be normalized is there as f32");
+        if !x.buffer.is_narrow {
+            self.normalize(x, None)?;
+        }
         // Held until the products are issued: they read what is decoded here.
         let mut scratch = self.scratch();
-        while !products.is_empty() {
-            let (room, mut len) = (scratch.decoded.len(), 0);
-            let encoded = products.iter().map_while(|product| match &product.matrix.0 {
-                Storage::Encoded(matrix) if len == 0 || len + decoded_len(matrix) <= room => {
-                    len += decoded_len(matrix);
-                    Some(&**matrix)
-                }
-                _ => None,
-            });
-            let encoded: Vec<&DeviceMatrix> = encoded.collect();
-            let (now, later) = std::mem::take(&mut products).split_at_mut(encoded.len().max(1));
-            if encoded.is_empty() {
-                let (weights, stride) = self.dense(&now[0].matrix.0, &mut scratch.decoded)?;
-                self.many(blas, x, weights, stride, now[0])?;
+        let ahead = &mut scratch.ahead;
+        for product in products {
+            let storage = &product.matrix.0;
+            if let Storage::Encoded(matrix) = storage {
+                let weights = ahead.place(&self.device, &self.encoded, matrix)?;
+                self.many(blas, x, weights, matrix.n_cols(), product)?;
+                ahead.done(&self.device, &self.encoded, matrix)?;
             } else {
-                self.grow_decoded(len, &mut scratch.decoded)?;
-                let places = self.encoded.decode_together(&self.device, &encoded, &mut scratch.decoded)?;
-                for ((weights, matrix), product) in places.into_iter().zip(encoded).zip(now) {
-                    self.many(blas, x, weights, matrix.n_cols(), product)?;
-                }
+                let (weights, stride) = match storage {
+                    Storage::Dense(dense) => dense.place(),
+                    _ => self.dense(storage, ahead.clear()?)?,
+                };
+                self.many(blas, x, weights, stride, product)?;
             }
-            products = later;
         }
         Ok(())
     }
@@ -336,7 +353,7 @@ impl CudaBackend {
     /// Where a matrix lies as BF16, in `decoded` unless it is plain, and elements between its rows.
     fn dense(&self, storage: &Storage, decoded: &mut CudaSlice<bf16>) -> Result<(CUdeviceptr, usize)> {
         match storage {
-            Storage::Dense(dense) => Ok((address(&dense.data), dense.matrix.n_cols().next_multiple_of(PLAIN_ALIGN))),
+            Storage::Dense(dense) => Ok(dense.place()),
             Storage::Encoded(matrix) => {
                 self.decode(matrix, decoded)?;
                 Ok((address(decoded), matrix.n_cols()))
@@ -424,6 +441,7 @@ impl CudaBackend {
     /// What fused products read, up to sixteen tokens. One token's norm is part of them.
     fn fused_input<'a>(&self, x: &Activations<'a>, normed: &'a mut CudaSlice<f32>) -> Result<encoded::Activations<'a>> {
         let n_tokens = x.n_tokens;
+        assert!(!x.buffer.is_narrow, "what is not cuBLAS's to multiply is there as f32");
         if x.norm.is_some() && n_tokens > 1 {
             self.normalize(x, Some(normed))?;
             return Ok(encoded::Activations { data: normed, first: 0, n_tokens, norm: None });
@@ -496,13 +514,13 @@ impl Backend for CudaBackend {
                 };
                 let matrix = zstd.matrix(&self.device, &tensor)?;
                 let len = plain_len(matrix.n_rows(), matrix.n_cols());
-                self.grow_decoded(len, &mut self.scratch().decoded)?;
+                self.grow_decoded(len, self.scratch().ahead.clear()?)?;
                 return Ok(Matrix(Storage::Zstd(Box::new(matrix))));
             }
             Weight::Encoded(tensor) => {
                 let matrix = DeviceMatrix::upload(&self.device, &self.encoded, &mut self.upload(), &tensor)?;
                 self.scratch().grow(self, matrix.n_cols())?;
-                return Ok(Matrix(Storage::Encoded(Box::new(matrix))));
+                return Ok(Matrix(Storage::Encoded(Arc::new(matrix))));
             }
         };
         let stride = n_cols.next_multiple_of(PLAIN_ALIGN);
@@ -521,7 +539,7 @@ impl Backend for CudaBackend {
 
     fn buffer(&self, n_tokens: usize, width: usize) -> Result<Buffer> {
         let BufferSizes { data, narrow } = BufferSizes::new(n_tokens, width);
-        Ok(Buffer { data: self.device.zeros(data)?, narrow: self.device.zeros(narrow)?, width })
+        Ok(Buffer { data: self.device.zeros(data)?, narrow: self.device.zeros(narrow)?, is_narrow: false, width })
     }
 
     fn cache(&self, shape: CacheShape) -> Result<Cache> {
@@ -575,7 +593,16 @@ impl Backend for CudaBackend {
             *to = word.to_ne_bytes();
         }
         batch.n_tokens = tokens.len();
+        self.scratch().ahead.clear()?;
         Ok(())
+    }
+
+    fn prepare(&self, batch: &Batch, matrices: &[&Matrix]) -> Result<()> {
+        if !self.has_blas() {
+            return Ok(());
+        }
+        let wanted = matrices.iter().filter_map(|matrix| matrix.encoded()).filter(|m| batch.n_tokens > fused_tokens(m));
+        self.scratch().ahead.expect(&self.device, &self.encoded, wanted.cloned())
     }
 
     fn run(&self, recording: Option<&mut Recording>, mut pass: impl FnMut() -> Result<()> + Send) -> Result<()> {
@@ -612,11 +639,15 @@ impl Backend for CudaBackend {
         // SAFETY: both sides have room for the position and the batch's tokens.
         unsafe { self.device.launch(&self.kernels.begin_step, grid, &params)? };
 
+        out.is_narrow = false;
         if let Storage::Encoded(table) = &table.0 {
             return self.encoded.gather_rows(&self.device, table, &batch.tokens, batch.n_tokens, &mut out.data);
         }
         let mut scratch = self.scratch();
-        let (table, stride) = self.dense(&table.0, &mut scratch.decoded)?;
+        let (table, stride) = match &table.0 {
+            Storage::Dense(dense) => dense.place(),
+            storage => self.dense(storage, scratch.ahead.clear()?)?,
+        };
         let params = ops::EmbedDense {
             tokens,
             table,
@@ -648,6 +679,7 @@ impl Backend for CudaBackend {
             let [gate, up] = &mut products;
             let Scratch { operand, normed, .. } = &mut *self.scratch();
             let input = self.fused_input(&x, normed)?;
+            gate.out.is_narrow = false;
             let pair = &mut [fused_product(gate_matrix, gate, 0), fused_product(up_matrix, up, 0)];
             if self.encoded.gated_product(&self.device, operand, input, pair)? {
                 return Ok(());
@@ -655,10 +687,16 @@ impl Backend for CudaBackend {
         }
         self.products(x, &mut products)?;
         let [gate, up] = products;
-        let n = batch.n_tokens * gate.matrix.n_rows();
-        let params = ops::SiluMul { gate: address_mut(&mut gate.out.data), up: address(&up.out.data), n: n as u64 };
-        // SAFETY: both buffers have n values.
-        unsafe { self.device.launch(&self.kernels.silu_mul, self.elementwise(n), &params) }
+        let (out, n_tokens) = (gate.out, batch.n_tokens);
+        out.is_narrow = self.narrows(n_tokens);
+        let narrow = if out.is_narrow { address_mut(&mut out.narrow) } else { NONE };
+        let (n_cols, stride) = (out.width as u32, out.stride() as u32);
+        let params =
+            ops::SiluMul { gate: address_mut(&mut out.data), up: address(&up.out.data), narrow, n_cols, stride };
+        let n_blocks = out.width.div_ceil(4 * ops::SILU_QUADS * ROW_THREADS as usize) as u32;
+        let grid = Grid { blocks: (n_blocks, n_tokens as u32, 1), threads: ROW_THREADS, shared_bytes: 0 };
+        // SAFETY: both buffers have a row for each token, and the first one has its BF16 form.
+        unsafe { self.device.launch(&self.kernels.silu_mul, grid, &params) }
     }
 
     fn attend(&self, batch: &Batch, heads: Attention<'_, Self>, cache: &mut Cache, out: &mut Buffer) -> Result<()> {
@@ -686,11 +724,12 @@ impl Backend for CudaBackend {
             n_heads: n_heads as u32,
             n_kv_heads: n_kv_heads as u32,
             head_dim: head_dim as u32,
-            cached_dim: cached_dim as u32,
             capacity: capacity as u32,
         };
         let window = heads.window.map_or(0, |window| window.min(capacity) as u32);
-        let out = address_mut(&mut out.data);
+        let stride = out.stride() as u32;
+        out.is_narrow = self.narrows(batch.n_tokens);
+        let (narrow, out) = (out.is_narrow.then(|| address_mut(&mut out.narrow)), address_mut(&mut out.data));
         let which = ops::CACHED_DIMS.iter().position(|&dim| dim == cached_dim).unwrap_or(0);
         if n_tokens == 1 {
             let (partial, done) = (address_mut(&mut cache.partial), address_mut(&mut cache.done));
@@ -703,32 +742,35 @@ impl Backend for CudaBackend {
             // blocks share was made for so many of them.
             return unsafe { self.device.launch_clusters(kernel, grid, cluster, &params) };
         }
-        let warps = (n_heads + 2 * n_kv_heads) as u32;
-        let grid =
-            Grid { blocks: (warps.div_ceil(ROW_THREADS / 32), n_tokens, 1), threads: ROW_THREADS, shared_bytes: 0 };
+        // A warp for each head, or fewer where all multiprocessors have enough to do.
+        let most = ((n_heads + 2 * n_kv_heads) as u32).div_ceil(ROW_THREADS / 32);
+        let n_blocks = (8 * self.device.n_multiprocessors()).div_ceil(n_tokens).min(most);
+        let grid = Grid { blocks: (n_blocks, n_tokens, 1), threads: ROW_THREADS, shared_bytes: 0 };
         // SAFETY: the buffers have a row of heads for each token; the model checked that the cache has its position.
-        unsafe { self.device.launch(&self.kernels.place_heads, grid, &params)? };
+        unsafe { self.device.launch(&self.kernels.place_heads[which], grid, &params)? };
 
         let params = ops::Attend {
             first_position,
             q,
             keys,
             values,
-            out,
+            out: narrow.unwrap_or(out),
             n_tokens,
             n_heads: n_heads as u32,
             n_kv_heads: n_kv_heads as u32,
             head_dim: head_dim as u32,
             capacity: capacity as u32,
             window,
+            stride: if narrow.is_some() { stride } else { (n_heads * head_dim) as u32 },
         };
         let grid = Grid {
-            blocks: (n_heads as u32, n_tokens.div_ceil(ops::ATTEND_TOKENS), 1),
+            blocks: (n_heads as u32, n_tokens.div_ceil(ops::attend_tokens(cached_dim, narrow.is_some())), 1),
             threads: ops::ATTEND_THREADS,
-            shared_bytes: ops::attend_bytes(cached_dim),
+            shared_bytes: ops::attend_bytes(cached_dim, narrow.is_some()),
         };
+        let kernels = if narrow.is_some() { &self.kernels.attend_narrow } else { &self.kernels.attend };
         // SAFETY: as above.
-        unsafe { self.device.launch(&self.kernels.attend[which], grid, &params) }
+        unsafe { self.device.launch(&kernels[which], grid, &params) }
     }
 
     fn logits(&self, batch: &Batch, x: Input<'_, Self>, head: &Matrix, want: Logits, out: &mut Buffer) -> Result<()> {
@@ -771,13 +813,24 @@ impl Backend for CudaBackend {
         stream
             .memcpy_htod(values, &mut buffer.data.slice_mut(..values.len()))
             .map_err(failed("copying activations"))?;
+        buffer.is_narrow = false;
         self.device.synchronize()
     }
 
     fn read(&self, buffer: &Buffer, out: &mut [f32]) -> Result<()> {
         let stream = self.device.stream();
-        stream.memcpy_dtoh(&buffer.data.slice(..out.len()), out).map_err(failed("copying logits"))?;
-        self.device.synchronize()
+        if !buffer.is_narrow {
+            stream.memcpy_dtoh(&buffer.data.slice(..out.len()), out).map_err(failed("copying logits"))?;
+            return self.device.synchronize();
+        }
+        let n_rows = out.len().div_ceil(buffer.width);
+        let mut narrow = vec![0; n_rows * buffer.stride()];
+        stream.memcpy_dtoh(&buffer.narrow.slice(..narrow.len()), &mut narrow).map_err(failed("copying activations"))?;
+        self.device.synchronize()?;
+        for (out, narrow) in out.chunks_mut(buffer.width).zip(narrow.chunks_exact(buffer.stride())) {
+            out.iter_mut().zip(narrow).for_each(|(out, narrow)| *out = bf16::from_bits(*narrow).to_f32());
+        }
+        Ok(())
     }
 }
 
@@ -820,8 +873,8 @@ impl DeviceMemory for CudaBackend {
     }
 
     fn working_bytes(&self) -> u64 {
-        let Scratch { operand, normed, decoded, .. } = &*self.scratch();
-        let scratch = (operand.n_bytes() + normed.num_bytes() + decoded.num_bytes()) as u64;
+        let Scratch { operand, normed, ahead, .. } = &*self.scratch();
+        let scratch = (operand.n_bytes() + normed.num_bytes() + ahead.n_bytes()) as u64;
         let zstd = self.zstd().as_ref().map_or(0, Zstd::bytes);
         self.encoded.n_bytes() + scratch + zstd + if self.has_blas() { BLAS_BYTES } else { 0 }
     }

@@ -3,7 +3,8 @@
 use super::code::{self, Compiled, KernelFile};
 use crate::error::{Error, Result};
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DeviceRepr, DriverError, ValidAsZeroBits, result, sys,
+    CudaContext, CudaEvent, CudaFunction, CudaModule, CudaSlice, CudaStream, DeviceRepr, DriverError, ValidAsZeroBits,
+    result, sys,
 };
 use cudarc::nvrtc::Ptx;
 use std::ffi::c_void;
@@ -14,7 +15,7 @@ const MIN_DRIVER: i32 = 13_000;
 /// The oldest compute capability that the kernels are compiled for.
 const MIN_CAPABILITY: (i32, i32) = (8, 0);
 
-/// A GPU that models run on. All work goes through one stream, in order.
+/// A GPU that models run on. All its work goes through one stream, in order.
 pub struct Device {
     index: usize,
     context: Arc<CudaContext>,
@@ -78,7 +79,10 @@ impl Device {
         }
         // SAFETY: every slice lives on the one stream below, so that no event has to order its uses.
         unsafe { context.disable_event_tracking() };
-        let stream = context.new_stream().map_err(failed("making a stream"))?;
+        // Before what goes on beside it, which has the lowest priority, as any stream that does not ask for another.
+        let priority = context.bind_to_thread().and_then(|()| result::stream::get_priority_range());
+        let (_, highest) = priority.map_err(failed("asking for the priorities of streams"))?;
+        let stream = context.new_stream_with_priority(highest).map_err(failed("making a stream"))?;
         let n_multiprocessors = context
             .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(failed("counting multiprocessors"))? as u32;
@@ -96,6 +100,17 @@ impl Device {
         // SAFETY: the caller's promise.
         let stream = unsafe { self.context.wrap_borrowed_stream(stream) };
         Self { context: self.context.clone(), stream, ..*self }
+    }
+
+    /// The same GPU with another stream, whose work goes on beside this one's, where that leaves it room.
+    pub(super) fn beside(&self) -> Result<Self> {
+        let stream = self.context.new_stream().map_err(failed("making a stream"))?;
+        Ok(Self { context: self.context.clone(), stream, ..*self })
+    }
+
+    /// An event, by which a stream can wait for what another has come to.
+    pub(super) fn event(&self) -> Result<CudaEvent> {
+        self.context.new_event(None).map_err(failed("making an event"))
     }
 
     /// The GPU's number.

@@ -249,10 +249,16 @@ impl EncodedKernels {
         let tasks = &mut launch.tasks[..launch.n_tasks.into()];
         let n_blocks = |t: &Task| t.matrix.n_blocks(BLOCK_ROWS as u32);
         let total: u64 = tasks.iter().map(n_blocks).sum();
+        // Thread blocks one by one for that tensor whose thread blocks have most to do: all wait for the last one.
+        tasks.iter_mut().for_each(|task| task.n_ctas = 1);
+        for _ in tasks.len()..self.n_multiprocessors as usize {
+            let divisible = tasks.iter_mut().filter(|task| u64::from(task.n_ctas) < n_blocks(task));
+            let Some(task) = divisible.max_by_key(|task| n_blocks(task).div_ceil(task.n_ctas.into())) else { break };
+            task.n_ctas += 1;
+        }
         let mut first_cta = 0;
         for task in tasks.iter_mut() {
-            let share = self.share(n_blocks(task), total).max(1);
-            (task.first_cta, task.n_ctas) = (first_cta, u64::from(share).min(n_blocks(task)) as u32);
+            task.first_cta = first_cta;
             first_cta += task.n_ctas;
         }
         launch.table_bytes = tasks.iter().map(|t| 8 << t.matrix.table_bits).max().unwrap_or(0);

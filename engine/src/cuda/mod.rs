@@ -4,6 +4,7 @@
 //! The kernels (`engine/cuda/*.cu`) are compiled ahead, for every GPU from Ampere on, by `scripts/build-kernels.sh`; NVRTC, where it is
 //! installed, compiles them for GPUs that those leave out.
 
+mod ahead;
 mod backend;
 pub mod bench;
 mod blas;

@@ -6,9 +6,10 @@ use crate::error::Result;
 use cudarc::driver::CudaFunction;
 use cudarc::driver::sys::CUdeviceptr;
 
-/// Tokens of a block of [`Attend`], of which a warp has 16.
-pub(super) const ATTEND_TOKENS: u32 = 64;
-pub(super) const ATTEND_THREADS: u32 = ATTEND_TOKENS * 2;
+/// Threads of a block of [`Attend`].
+pub(super) const ATTEND_THREADS: u32 = 128;
+/// Quads of columns that a thread of [`SiluMul`] takes.
+pub(super) const SILU_QUADS: usize = 2;
 /// Threads of a block of [`AttendOne`], their warps, and positions that a block takes at a time.
 pub(super) const ONE_THREADS: u32 = 256;
 const ONE_WARPS: usize = ONE_THREADS as usize / 32;
@@ -20,10 +21,21 @@ pub(super) const ONE_HEADS: usize = 2;
 /// Blocks of a cluster of [`AttendOne`], at most (`ONE_CLUSTER` in model.cu). Larger ones wait longer for their room.
 pub(super) const ONE_CLUSTER: usize = 4;
 
-/// Bytes of shared memory that a block of [`Attend`] takes: queries as two numbers each, and two tiles of keys and of values, of as many positions as in model.cu.
-pub(super) fn attend_bytes(cached_dim: usize) -> u32 {
-    let positions = if cached_dim > 128 { 16 } else { 64 };
-    (2 * (2 * ATTEND_TOKENS as usize + 4 * positions) * cached_dim) as u32
+/// Tokens of a block of [`Attend`], as in model.cu.
+pub(super) fn attend_tokens(cached_dim: usize, narrow: bool) -> u32 {
+    if narrow && cached_dim <= 128 { 128 } else { 64 }
+}
+
+/// Bytes of shared memory that it takes: queries, as two numbers each unless they are narrow, and two tiles of keys and of values, of as many positions as in
+/// model.cu.
+pub(super) fn attend_bytes(cached_dim: usize, narrow: bool) -> u32 {
+    let positions = match cached_dim {
+        256.. => 16,
+        128 if narrow => 32,
+        _ => 64,
+    };
+    let queries = attend_tokens(cached_dim, narrow) * if narrow { 1 } else { 2 };
+    2 * (queries + 4 * positions) * cached_dim as u32
 }
 
 /// Bytes of shared memory that a block of [`AttendOne`] takes.
@@ -78,7 +90,9 @@ pub(super) struct AddBias {
 pub(super) struct SiluMul {
     pub gate: CUdeviceptr,
     pub up: CUdeviceptr,
-    pub n: u64,
+    pub narrow: CUdeviceptr,
+    pub n_cols: u32,
+    pub stride: u32,
 }
 
 #[repr(C)]
@@ -98,7 +112,6 @@ pub(super) struct Heads {
     pub n_heads: u32,
     pub n_kv_heads: u32,
     pub head_dim: u32,
-    pub cached_dim: u32,
     pub capacity: u32,
 }
 
@@ -116,6 +129,7 @@ pub(super) struct Attend {
     pub head_dim: u32,
     pub capacity: u32,
     pub window: u32,
+    pub stride: u32,
 }
 
 #[repr(C)]
@@ -145,9 +159,11 @@ pub(super) struct Kernels {
     pub normalize: CudaFunction,
     pub add_bias: CudaFunction,
     pub silu_mul: CudaFunction,
-    pub place_heads: CudaFunction,
-    /// As in [`CACHED_DIMS`], and the next.
+    /// As in [`CACHED_DIMS`], and the next three.
+    pub place_heads: [CudaFunction; 4],
     pub attend: [CudaFunction; 4],
+    /// The same with BF16 numbers alone.
+    pub attend_narrow: [CudaFunction; 4],
     pub attend_one: [CudaFunction; 4],
     pub choose: CudaFunction,
 }
@@ -166,8 +182,9 @@ impl Kernels {
             normalize: kernel("normalize")?,
             add_bias: kernel("add_bias")?,
             silu_mul: kernel("silu_mul")?,
-            place_heads: kernel("place_heads")?,
-            attend: of_dims("attend", attend_bytes)?,
+            place_heads: of_dims("place_heads", |_| 0)?,
+            attend: of_dims("attend", |dim| attend_bytes(dim, false))?,
+            attend_narrow: of_dims("attend_narrow", |dim| attend_bytes(dim, true))?,
             attend_one: of_dims("attend_one", one_bytes)?,
             choose: kernel("choose")?,
         })
