@@ -337,9 +337,10 @@ constexpr u32 RING_BYTES = ProductReader::BYTES;
 // A block's raw bits.
 __device__ __forceinline__ const u32* raw_of(const Matrix& m, u32 i, u32 j) { return m.raw + (u64)(i * m.n_units + j * (m.block_cols / 32)) * m.raw_bits * 32; }
 
-// Brings a block's first raw bits as near as the L2 cache: those of two units, or, if that is more, `most` words a lane.
+// Brings a block's first raw bits as near as the L2 cache: those of UNITS, or, if that is more, `most` words a lane.
+template <u32 UNITS = 2>
 __device__ __forceinline__ void prefetch_raw(const Matrix& m, u32 i, u32 j, u32 lane, u32 most) {
-    const u32 units = m.block_cols / 32, lines = min(min(units, m.n_units - j * units) * m.raw_bits, max(most, 2u * m.raw_bits));
+    const u32 units = m.block_cols / 32, lines = min(min(units, m.n_units - j * units) * m.raw_bits, max(most, UNITS * m.raw_bits));
     const u32* raw = raw_of(m, i, j);
     for (u32 l = lane; l < lines; l += 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(raw + l * 32));
 }

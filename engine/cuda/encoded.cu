@@ -192,7 +192,7 @@ __device__ __forceinline__ void multiply(const Launch& launch, With with) {
         copy_table(m, table, threadIdx.x - team * team_warps * 32, team_warps * 32);
         if (n_blocks) {
             reader.open(m, stream, ring, lane);
-            prefetch_raw(m, i, j, lane, launch.raw_words);
+            prefetch_raw<FORMAT == BF16 ? 1 : 2>(m, i, j, lane, launch.raw_words);
             if (lane == 0) prefetch_scales(m, i);  // needed at the end
         }
     }
